@@ -1,0 +1,356 @@
+"""Telling people how the run goes: log files, progress lines, and results to all trackers."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from . import distrib
+from .formatter import Formatter
+from .state import plain
+from .trackers import LocalFiles, TensorBoard, Tracker, WandB
+from .trackers.base import check_audio, check_image
+from .xp import XP, get_xp
+
+T = TypeVar("T")
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_COLOURS = {"WARNING": "33", "ERROR": "31", "CRITICAL": "31;1"}
+
+
+# ------------------------------------------------------------------------------------ log lines
+
+
+def bold(text: str) -> str:
+    """Make text bold in a terminal; log files drop the codes."""
+    return colorize(text, "1")
+
+
+def colorize(text: str, code: str) -> str:
+    """Wrap text in an ANSI colour code, such as `31` for red."""
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+def setup_logging(
+    with_file_log: bool = True,
+    folder: str | Path | None = None,
+    log_name: str = "solver.log.{rank}",
+    level: int = logging.INFO,
+) -> None:
+    """Send log records to stderr, and to one file for each rank.
+
+    Ranks above zero write their file in full, and to stderr warnings and errors only. Calling it
+    again replaces what the last call set up.
+
+    Args:
+        with_file_log: write the file.
+        folder: of the file; the run's folder by default.
+        log_name: of the file; `{rank}` stands for the rank.
+        level: of the records to keep.
+    """
+    root = logging.getLogger()
+    root.setLevel(level)
+    for handler in [h for h in root.handlers if isinstance(h.formatter, _LineFormatter)]:
+        root.removeHandler(handler)
+        handler.close()
+    stderr = logging.StreamHandler(sys.stderr)
+    stderr.setFormatter(_LineFormatter(colours=sys.stderr.isatty()))
+    stderr.setLevel(level if distrib.is_rank_zero() else max(level, logging.WARNING))
+    root.addHandler(stderr)
+    if with_file_log:
+        folder = Path(folder) if folder is not None else get_xp().folder
+        folder.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(folder / log_name.format(rank=distrib.rank()))
+        file.setFormatter(_LineFormatter(colours=False))
+        root.addHandler(file)
+    logging.captureWarnings(True)
+
+
+class _LineFormatter(logging.Formatter):
+    def __init__(self, colours: bool) -> None:
+        super().__init__(
+            f"[{colorize('%(asctime)s', '36')}][{colorize('%(name)s', '34')}]"
+            "[%(levelname)s] - %(message)s",
+            "%m-%d %H:%M:%S",
+        )
+        self.colours = colours
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        if not self.colours:
+            return _ANSI.sub("", line)
+        level = record.levelname
+        return line.replace(f"[{level}]", f"[{colorize(level, _COLOURS.get(level, '32'))}]", 1)
+
+
+# ------------------------------------------------------------------------------------- progress
+
+
+class LogProgressBar(Generic[T]):
+    """Iterate, with a log line now and then: position, speed, time left, metrics.
+
+    A line tells of the steps that are done; the last one is not lost, even if the loop breaks.
+    Nothing is formatted between lines.
+
+    Args:
+        logger: where the lines go.
+        iterable: what to iterate.
+        updates: number of lines; 0 for none.
+        min_interval: least number of steps between two lines.
+        time_per_it: show the time of a step rather than steps per second.
+        total: number of steps, if the iterable has no length. If none is known, there is a line
+            every 10 seconds.
+        name: the start of each line.
+        level: of the lines.
+        delimiter: between the parts of a line.
+        items_delimiter: between a metric's name and value.
+        formatter: of the metrics.
+        min_seconds: least time between two lines.
+    """
+
+    def __init__(
+        self,
+        logger: logging.Logger,
+        iterable: Iterable[T],
+        updates: int = 5,
+        min_interval: int = 1,
+        time_per_it: bool = False,
+        total: int | None = None,
+        name: str = "LogProgressBar",
+        level: int = logging.INFO,
+        delimiter: str = "|",
+        items_delimiter: str = " ",
+        formatter: Formatter | None = None,
+        min_seconds: float = 0.0,
+    ) -> None:
+        self._logger = logger
+        self._iterable = iterable
+        self._total = total if total is not None else _length(iterable)
+        if self._total is None:
+            self._every, self._seconds = max(1, min_interval), max(10.0, min_seconds)
+        else:
+            self._every = max(1, min_interval, -(-self._total // max(1, updates)))
+            self._seconds = min_seconds
+        self._silent = updates <= 0
+        self._time_per_it = time_per_it
+        self._name = name
+        self._level = level
+        self._delimiter = f" {delimiter} "
+        self._items_delimiter = items_delimiter
+        self._formatter = formatter or Formatter()
+        self._metrics: Mapping[str, Any] = {}
+        self._will_log = False
+
+    def __len__(self) -> int:
+        if self._total is None:
+            raise TypeError("the iterable has no length, and no total was given")
+        return self._total
+
+    def __iter__(self) -> Iterator[T]:
+        done, logged = 0, 0
+        last = time.monotonic()
+        self._metrics = {}
+        try:
+            for done, item in enumerate(self._iterable, 1):
+                due = done % self._every == 0 and time.monotonic() - last >= self._seconds
+                self._will_log = due and not self._silent
+                yield item
+                if self._will_log:
+                    now = time.monotonic()
+                    self._log(done, (now - last) / (done - logged))
+                    last, logged = now, done
+        finally:
+            if done > logged and not self._silent:
+                self._log(done, (time.monotonic() - last) / (done - logged))
+            self._will_log = False
+
+    def update(self, **metrics: Any) -> bool:
+        """Give the metrics to show; return whether a line will follow this step."""
+        self._metrics = metrics
+        return self._will_log
+
+    def _log(self, done: int, seconds: float) -> None:
+        parts = [self._name, f"{done}/{self._total or '?'}", self._speed(seconds)]
+        if self._total and done < self._total:
+            parts.append(f"ETA {_clock((self._total - done) * seconds)}")
+        parts += format_items(self._metrics, self._formatter, self._items_delimiter)
+        self._logger.log(self._level, self._delimiter.join(parts))
+
+    def _speed(self, seconds: float) -> str:
+        if seconds <= 0:
+            return "oo it/sec"
+        if not self._time_per_it and seconds < 10:
+            return f"{1 / seconds:.2f} it/sec"
+        return f"{seconds:.2f} sec/it" if seconds >= 1 else f"{1000 * seconds:.1f} ms/it"
+
+
+def _length(iterable: Any) -> int | None:
+    try:
+        return len(iterable)
+    except TypeError:
+        return None
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def format_items(metrics: Mapping[str, Any], formatter: Formatter, delimiter: str) -> list[str]:
+    """The metrics as `name value`, formatted."""
+    return [f"{name}{delimiter}{value}" for name, value in formatter(metrics).items()]
+
+
+# -------------------------------------------------------------------------------------- results
+
+
+class ResultLogger:
+    """Sends results to the log and to all trackers; on ranks above zero, nowhere.
+
+    A tracker that fails is reported once, and the run goes on.
+
+    Args:
+        logger: where summaries go.
+        level: of the summaries.
+        delimiter: between the parts of a line.
+        items_delimiter: between a metric's name and value.
+        xp: the run; the one running under Dora by default.
+    """
+
+    def __init__(
+        self,
+        logger: logging.Logger,
+        level: int = logging.INFO,
+        delimiter: str = "|",
+        items_delimiter: str = " ",
+        xp: XP | None = None,
+    ) -> None:
+        self._logger = logger
+        self._level = level
+        self._delimiter = delimiter
+        self._items_delimiter = items_delimiter
+        self._xp = xp or get_xp()
+        self._failed: set[Tracker] = set()
+        self.trackers: list[Tracker] = []
+        self.add_tracker(LocalFiles(self._xp))
+
+    def add_tracker(self, tracker: Tracker) -> None:
+        """Send results to one more tracker."""
+        if distrib.is_rank_zero():
+            self.trackers.append(tracker)
+
+    def init_tensorboard(
+        self, with_media_logging: bool = True, name: str | None = None, sub_dir: str | None = None
+    ) -> None:
+        """Send results to TensorBoard; see `trackers.TensorBoard`."""
+        self.add_tracker(TensorBoard(self._xp, with_media_logging, name, sub_dir))
+
+    def init_wandb(
+        self,
+        with_media_logging: bool = True,
+        project: str | None = None,
+        name: str | None = None,
+        group: str | None = None,
+    ) -> None:
+        """Send results to Weights & Biases; see `trackers.WandB`."""
+        self.add_tracker(WandB(self._xp, with_media_logging, project, name, group))
+
+    def log_hyperparams(
+        self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Log the config, and metrics to compare runs by."""
+        values = plain(params, "hyperparams")
+        self._send(lambda tracker: tracker.log_hyperparams(values, metrics or {}))
+
+    def log_metrics(
+        self,
+        stage: str,
+        metrics: Mapping[str, Any],
+        step: int,
+        step_name: str = "epoch",
+        formatter: Formatter | None = None,
+    ) -> None:
+        """Log the metrics of a stage, and write them as one summary line."""
+        self._log_summary(stage, metrics, step, step_name, formatter)
+        values = to_numbers(metrics)
+        self._send(lambda tracker: tracker.log_metrics(stage, values, step))
+
+    def log_audio(self, stage: str, key: str, audio: Any, sample_rate: int, step: int) -> None:
+        """Log audio `[C, T]`, floats in -1..1."""
+        audio = check_audio(audio)
+        self._send(lambda tracker: tracker.log_audio(stage, key, audio, sample_rate, step))
+
+    def log_image(self, stage: str, key: str, image: Any, step: int) -> None:
+        """Log an image `[C, H, W]`, floats in 0..1 or bytes."""
+        image = check_image(image)
+        self._send(lambda tracker: tracker.log_image(stage, key, image, step))
+
+    def log_text(self, stage: str, key: str, text: str, step: int) -> None:
+        """Log a text."""
+        if not isinstance(text, str):
+            raise ValueError(f"a text must be a str, not a {type(text).__name__}")
+        self._send(lambda tracker: tracker.log_text(stage, key, text, step))
+
+    def get_log_progress_bar(
+        self,
+        stage: str,
+        iterable: Iterable[T],
+        updates: int = 5,
+        total: int | None = None,
+        step: int | None = None,
+        step_name: str | None = None,
+        formatter: Formatter | None = None,
+    ) -> LogProgressBar[T]:
+        """Return a progress bar for a stage."""
+        name = stage.capitalize()
+        if step is not None:
+            name += f" {self._delimiter} {(step_name or 'step').capitalize()} {step}"
+        return LogProgressBar(
+            self._logger,
+            iterable,
+            updates=updates,
+            total=total,
+            name=name,
+            level=self._level,
+            delimiter=self._delimiter,
+            items_delimiter=self._items_delimiter,
+            formatter=formatter,
+        )
+
+    def _log_summary(
+        self,
+        stage: str,
+        metrics: Mapping[str, Any],
+        step: int | None = None,
+        step_name: str = "epoch",
+        formatter: Formatter | None = None,
+    ) -> None:
+        parts = [f"{stage.capitalize()} Summary"]
+        if step is not None:
+            parts.append(f"{step_name.capitalize()} {step}")
+        parts += format_items(metrics, formatter or Formatter(), self._items_delimiter)
+        self._logger.log(self._level, bold(f" {self._delimiter} ".join(parts)))
+
+    def _send(self, log: Callable[[Tracker], None]) -> None:
+        for tracker in self.trackers:
+            try:
+                log(tracker)
+            except Exception:
+                if tracker not in self._failed:
+                    self._failed.add(tracker)
+                    name = type(tracker).__name__
+                    self._logger.exception("%s failed; the run goes on. Said only once.", name)
+
+
+def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert metrics to plain numbers: tensors and NumPy values of one element too."""
+    values = plain(metrics, "metrics")
+    return {n: v.tolist() if isinstance(v, torch.Tensor) else v for n, v in values.items()}

@@ -1,0 +1,94 @@
+"""What a tracker is: somewhere to send metrics and media."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from ..xp import XP, get_xp
+
+
+class Tracker(ABC):
+    """Base of all trackers.
+
+    Trackers exist on rank zero only, and see checked values: metrics are plain numbers, audio is a
+    float tensor `[C, T]` in -1..1, an image is a float tensor `[C, H, W]` in 0..1 with 1, 3 or 4
+    channels; both are on the CPU. `stage` is where a value comes from, `step` its epoch.
+    """
+
+    def __init__(self, xp: XP, with_media_logging: bool = True) -> None:
+        self.xp = xp
+        self.with_media_logging = with_media_logging
+
+    @classmethod
+    def from_xp(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make a tracker for the experiment that is running under Dora."""
+        return cls(get_xp(), *args, **kwargs)
+
+    @abstractmethod
+    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Log the config, a nested dict of plain values, and metrics to compare runs by."""
+
+    @abstractmethod
+    def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
+        """Log the metrics of one stage of one epoch."""
+
+    @abstractmethod
+    def log_audio(
+        self, stage: str, key: str, audio: torch.Tensor, sample_rate: int, step: int
+    ) -> None:
+        """Log a sound."""
+
+    @abstractmethod
+    def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
+        """Log a picture."""
+
+    @abstractmethod
+    def log_text(self, stage: str, key: str, text: str, step: int) -> None:
+        """Log a text."""
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a nested dict to dotted names; what is no number, string or bool becomes text."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str)) else str(value)
+    return flat
+
+
+def check_audio(audio: Any) -> torch.Tensor:
+    """Return audio as a float tensor `[C, T]` on the CPU; ValueError if it is none."""
+    tensor = torch.as_tensor(audio).detach().cpu()
+    if tensor.ndim != 2 or not tensor.is_floating_point():
+        raise ValueError(f"audio must be a float tensor [C, T], not {_describe(tensor)}")
+    return tensor.float()
+
+
+def check_image(image: Any) -> torch.Tensor:
+    """Return an image as a float tensor `[C, H, W]` in 0..1 on the CPU; ValueError if it is none.
+
+    Bytes (0..255) are scaled.
+    """
+    tensor = torch.as_tensor(image).detach().cpu()
+    if tensor.ndim != 3 or len(tensor) not in (1, 3, 4):
+        raise ValueError(
+            f"an image must be a tensor [C, H, W] with 1, 3 or 4 channels, not {_describe(tensor)}"
+        )
+    return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
+
+
+def to_bytes(image: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Convert a checked image to an array for Pillow, `[H, W, C]` or `[H, W]`; NaN is black."""
+    pixels = image.nan_to_num(0.0, 1.0, 0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return (pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).numpy()
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} of {tensor.dtype}"

@@ -1,0 +1,182 @@
+"""Where a run lives: its folder, signature, config and history.
+
+This is the only file that knows Dora, and it imports it when used. Without Dora a plain folder
+serves as well: see `FolderXP`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from .utils import write_and_rename
+
+logger = logging.getLogger(__name__)
+
+History = list[dict[str, Any]]
+
+
+class Link(Protocol):
+    """How a run tells the world its history."""
+
+    history: History
+
+    def update_history(self, history: History) -> None:
+        """Replace the published history."""
+
+
+class XP(Protocol):
+    """What a solver asks of an experiment; Dora's XP and `FolderXP` both answer."""
+
+    cfg: Any
+    sig: str
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def link(self) -> Any: ...
+
+
+@dataclass
+class FileLink:
+    """A history kept in one JSON file."""
+
+    path: Path
+    history: History = field(default_factory=list)
+
+    def update_history(self, history: History) -> None:
+        self.history[:] = history
+        with write_and_rename(self.path, "w") as file:
+            json.dump(history, file, indent=2)
+
+
+@dataclass
+class FolderXP:
+    """An experiment that is just a folder: for tests, notebooks and scripts without Dora.
+
+    Args:
+        folder: made if missing.
+        cfg: any config; it is kept in the checkpoint.
+        sig: defaults to the folder's name.
+    """
+
+    folder: Path
+    cfg: Any = field(default_factory=dict)
+    sig: str = ""
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.sig = self.sig or self.folder.name
+        self.link = FileLink(self.folder / "history.json")
+
+
+def get_xp() -> XP:
+    """Return the experiment that is running under Dora; RuntimeError if there is none."""
+    from dora.xp import get_xp, is_xp
+
+    if not is_xp():
+        raise RuntimeError(
+            "no experiment is running: start with `dora run`, "
+            "or give the solver a folder, as in BaseSolver(xp='some/folder')"
+        )
+    xp: XP = get_xp()
+    return xp
+
+
+def hydra_main(
+    config_path: str, config_name: str, schema: type | None = None, version_base: str = "1.3"
+) -> Callable[[Callable[[Any], None]], Any]:
+    """Decorate `main(cfg)`: Hydra composes the config, Dora names the run, then `main` starts.
+
+    Beyond Dora's decorator of the same name: a `schema` (a dataclass, to be listed first in the
+    config's defaults as `schema`) gives every key a type; a wrong override ends in one line;
+    Ctrl-C says how to go on; a relative `dora.dir` is relative to the repo, wherever one stands.
+
+    Args:
+        config_path: folder of the config files, relative to the decorated function's file.
+        config_name: name of the main config file, without `.yaml`.
+        schema: dataclass with the config's keys and types.
+        version_base: compatibility level of Hydra.
+
+    Returns:
+        What Dora's commands work on: call it to run; `.get_xp(argv)` and `.get_xp_from_sig(sig)`
+        find a run.
+    """
+    from dora.hydra import HydraMain
+    from hydra.core.config_store import ConfigStore
+
+    if schema is not None:
+        ConfigStore.instance().store(name="schema", node=schema)
+
+    class Main(HydraMain):
+        def get_xp(self, argv: Iterable[str]) -> Any:
+            try:
+                return super().get_xp(list(argv))
+            except Exception as error:
+                known = list(_flatten(self._base_cfg))
+                raise SystemExit(f"Config error: {_one_line(error, known)}") from None
+
+        def _get_dora(self) -> Any:
+            dora = super()._get_dora()
+            wanted = Path(self._base_cfg.get("dora", {}).get("dir", dora.dir))
+            repo = self.full_config_path.parent.parent
+            # A git-saved run starts in a clone, but its results belong to the original folder.
+            cloned = "_DORA_ORIGINAL_DIR" in os.environ
+            if not wanted.is_absolute() and (repo / "pyproject.toml").exists() and not cloned:
+                dora.dir = repo / wanted
+            return dora
+
+        def _is_active(self, argv: list[str]) -> bool:
+            # Flags such as --help and --cfg are Hydra's own and belong to no run.
+            return not any(arg.startswith("-") for arg in argv)
+
+        def _main(self) -> Any:
+            from dora.xp import is_xp
+
+            if not is_xp():
+                return super()._main()  # type: ignore[no-untyped-call]
+            try:
+                # The config was composed for the signature: no need for Hydra to do it again.
+                return self.main(get_xp().cfg)
+            except KeyboardInterrupt:
+                logger.warning("Interrupted. The same command goes on from the last commit.")
+                raise SystemExit(130) from None
+
+    def decorate(main: Callable[[Any], None]) -> Any:
+        try:
+            return Main(main, config_name, config_path, version_base=version_base)
+        except Exception as error:
+            raise SystemExit(f"Config error in {config_name}.yaml: {_one_line(error)}") from error
+
+    return decorate
+
+
+def _one_line(error: BaseException, known: Sequence[str] = ()) -> str:
+    """What is wrong with the config, from an error and its causes, with the nearest known key."""
+    lines: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        lines.append((str(cause) or type(cause).__name__).splitlines()[0].rstrip("."))
+        cause = cause.__cause__
+    key = str(getattr(error.__cause__, "full_key", None) or "")
+    if key and known and key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        lines.append(f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}")
+    return ": ".join(dict.fromkeys(lines))
+
+
+def _flatten(cfg: Any, prefix: str = "") -> Iterator[str]:
+    """Names of all keys of a nested config, dotted."""
+    for key in cfg:
+        child = cfg._get_node(key)
+        yield f"{prefix}{key}"
+        if hasattr(child, "keys"):
+            yield from _flatten(child, f"{prefix}{key}.")
