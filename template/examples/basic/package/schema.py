@@ -1,0 +1,23 @@
+"""The type of every config key; the values are in config/config.yaml.
+
+A key on the command line that is not here, or of another type, is refused before anything is built.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class OptimConfig:
+    lr: float
+
+
+@dataclass
+class Config:
+    epochs: int
+    seed: int
+    device: str
+    log_updates: int
+    trackers: list[str]
+    optim: OptimConfig
+    dora: dict[str, Any]

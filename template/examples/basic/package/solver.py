@@ -1,0 +1,63 @@
+"""The smallest solver: a linear layer learns to answer zero."""
+
+import torch
+
+from .core import BaseSolver, averager, distrib
+from .core.xp import XP
+from .schema import Config
+
+
+class Solver(BaseSolver):
+    """Shows what every solver has: state, stages, commits."""
+
+    def __init__(self, cfg: Config, xp: XP | None = None) -> None:
+        super().__init__(xp)
+        self.cfg = cfg
+        self.device = distrib.device(cfg.device)
+        self.model = torch.nn.Linear(32, 1).to(self.device)
+        distrib.broadcast_model(self.model)
+        self.optim = torch.optim.Adam(self.model.parameters(), lr=cfg.optim.lr)
+        self.best_state: dict[str, torch.Tensor] = {}
+        # Any attribute can be state. Modules, lists and dicts are restored in place.
+        self.register_stateful("model", "optim", "best_state")
+        self.init_trackers(cfg.trackers, project=__package__)
+
+    def run(self) -> None:
+        """Train until all epochs are committed, from wherever the run stands."""
+        self.restore()
+        if self.epoch > self.cfg.epochs:
+            self.logger.info("Run %s is complete, nothing to do: %s", self.xp.sig, self.folder)
+        # Epochs count from 1.
+        for _ in range(self.epoch, self.cfg.epochs + 1):
+            # A stage reports its metrics under its name.
+            self.run_stage("train", self.train)
+            self.run_stage("valid", self.valid)
+            # A commit ends the epoch: the metrics join the history, the state is saved.
+            self.commit()
+
+    def train(self) -> dict[str, float]:
+        """Ten steps on noise."""
+        average = averager()
+        steps = self.log_progress("train", range(10), updates=self.cfg.log_updates)
+        for _ in steps:
+            loss = self.loss()
+            self.optim.zero_grad()
+            with distrib.eager_sync_model(self.model):
+                loss.backward()
+            self.optim.step()
+            metrics = average({"loss": loss})
+            steps.update(**metrics)
+        return distrib.average_metrics(metrics)
+
+    @torch.no_grad()
+    def valid(self) -> dict[str, float]:
+        """The loss on fresh noise; the best model so far is kept."""
+        metrics = distrib.average_metrics({"loss": self.loss()})
+        if metrics["loss"] < min((past["valid"]["loss"] for past in self.history), default=1e9):
+            self.best_state = {name: p.clone() for name, p in self.model.state_dict().items()}
+        return metrics
+
+    def loss(self) -> torch.Tensor:
+        """How far the answers to a batch of noise are from zero."""
+        answers: torch.Tensor = self.model(torch.randn(64, 32, device=self.device))
+        return answers.abs().mean()

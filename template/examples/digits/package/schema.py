@@ -1,0 +1,42 @@
+"""The type of every config key; the values are in config/config.yaml.
+
+A key on the command line that is not here, or of another type, is refused before anything is built.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class DataConfig:
+    batch_size: int
+    num_workers: int
+
+
+@dataclass
+class ModelConfig:
+    channels: int
+    dropout: float
+
+
+@dataclass
+class OptimConfig:
+    lr: float
+    weight_decay: float
+    warmup: int
+    cosine: bool
+    clip: float
+    bf16: bool
+
+
+@dataclass
+class Config:
+    epochs: int
+    seed: int
+    device: str
+    log_updates: int
+    trackers: list[str]
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    dora: dict[str, Any]

@@ -1,0 +1,138 @@
+"""The solver: what is built, what an epoch is made of, what a step does."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .core import BaseSolver, Formatter, averager, distrib
+from .core.loader import loader, split_batch
+from .core.utils import make_grid
+from .core.xp import XP
+from .data import CLASSES, load_digits
+from .model import ConvNet
+from .schema import Config
+
+
+class Solver(BaseSolver):
+    """Trains a classifier of handwritten digits."""
+
+    def __init__(self, cfg: Config, xp: XP | None = None) -> None:
+        super().__init__(xp)
+        self.cfg = cfg
+        self.device = distrib.device(cfg.device)
+
+        train_set, valid_set = load_digits()
+        batch_size, workers = split_batch(cfg.data.batch_size), cfg.data.num_workers
+        self.train_loader = loader(
+            train_set, batch_size, shuffle=True, seed=cfg.seed, num_workers=workers
+        )
+        self.valid_loader = loader(valid_set, batch_size, num_workers=workers)
+
+        self.model = ConvNet(CLASSES, cfg.model.channels, cfg.model.dropout).to(self.device)
+        distrib.broadcast_model(self.model)
+        self.optim = torch.optim.AdamW(
+            self.model.parameters(), lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay
+        )
+        updates = cfg.epochs * len(self.train_loader)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optim, warmup_cosine(cfg.optim.warmup, updates, cfg.optim.cosine)
+        )
+
+        self.register_stateful("model", "optim", "schedule")
+        self.init_trackers(cfg.trackers, project=__package__)
+
+    def run(self) -> None:
+        """Train until all epochs are committed, from wherever the run stands."""
+        self.restore()
+        if self.epoch > self.cfg.epochs:
+            self.logger.info("Run %s is complete, nothing to do: %s", self.xp.sig, self.folder)
+            return
+        self.logger.info("Run %s starts with epoch %d: %s", self.xp.sig, self.epoch, self.folder)
+        self.log_hyperparams(self.xp.cfg)
+        for _ in range(self.epoch, self.cfg.epochs + 1):
+            self.run_stage("train", self.train)
+            self.run_stage("valid", self.valid)
+            self.commit()
+
+    def train(self) -> dict[str, float]:
+        """One epoch of training."""
+        self.model.train()
+        return self.loop(self.train_loader)
+
+    @torch.no_grad()
+    def valid(self) -> dict[str, float]:
+        """Validation, and a look at what is hard."""
+        self.model.eval()
+        metrics = self.loop(self.valid_loader)
+        self.log_hardest()
+        return metrics
+
+    def loop(self, loader: DataLoader[Any]) -> dict[str, float]:
+        """Go once through the data; return the metrics over all examples of all processes."""
+        average, metrics, examples = averager(), {}, 0
+        batches = self.log_progress(self.current_stage, loader, updates=self.cfg.log_updates)
+        for images, labels in batches:
+            step = self.run_step(images.to(self.device), labels.to(self.device))
+            metrics = average(step, weight=len(labels))
+            batches.update(**metrics)
+            examples += len(labels)
+        return distrib.average_metrics(metrics, examples)
+
+    def run_step(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
+        """One batch, `[B, 1, 8, 8]` and `[B]`; return its metrics, as tensors that nobody awaits."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.optim.bf16):
+            logits = self.model(images)
+            loss = F.cross_entropy(logits, labels)
+        metrics = {"loss": loss, "acc": (logits.argmax(1) == labels).float().mean()}
+        if self.model.training:
+            metrics |= self.optimize(loss)
+        return metrics
+
+    def optimize(self, loss: Tensor) -> dict[str, Any]:
+        """One update of the weights, from the gradients of all processes."""
+        self.optim.zero_grad()
+        with distrib.eager_sync_model(self.model):
+            loss.backward()
+        largest = self.cfg.optim.clip or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+        [lr] = self.schedule.get_last_lr()
+        self.optim.step()
+        self.schedule.step()
+        return {"grad_norm": grad_norm, "lr": lr}
+
+    def log_hardest(self, count: int = 16) -> None:
+        """Show the images of the first validation batch that have the highest loss."""
+        images, labels = next(iter(self.valid_loader))
+        logits = self.model(images.to(self.device)).cpu()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        hardest = losses.topk(min(count, len(losses))).indices
+        self.log_image(self.current_stage, "hardest", make_grid(images[hardest]))
+
+    def get_formatter(self, stage_name: str) -> Formatter:
+        """How metrics are shown."""
+        return Formatter({"loss": ".4f", "acc": ".2%", "lr": ".1e", "duration": ".1f"})
+
+
+def warmup_cosine(warmup: int, updates: int, cosine: bool) -> Callable[[int], float]:
+    """Return the factor on the learning rate at each update: linear warm-up, then cosine decay.
+
+    After Loshchilov & Hutter (2017), https://arxiv.org/abs/1608.03983, without restarts.
+
+    Args:
+        warmup: updates until the factor is 1.
+        updates: updates until it is 0.
+        cosine: decay at all; else it stays at 1.
+    """
+
+    def factor(update: int) -> float:
+        if update < warmup:
+            return (update + 1) / warmup
+        progress = (update - warmup) / max(1, updates - warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) if cosine else 1.0
+
+    return factor

@@ -1,0 +1,30 @@
+"""Train with `dora run`, or `python -m {{ cookiecutter.package_name }}.train`; both take `key=value`."""
+
+from .core import distrib, setup_logging
+from .core.state import seed_everything
+from .core.xp import hydra_main
+from .schema import Config
+from .solver import Solver
+
+
+@hydra_main(config_path="config", config_name="config", schema=Config)
+def main(cfg: Config) -> None:
+    """Train, or go on training, the run that the config describes."""
+    setup_logging()
+    distrib.init()
+    seed_everything(cfg.seed)
+    Solver(cfg).run()
+
+
+def load_solver(sig: str, device: str = "cpu") -> Solver:
+    """Return the solver of a run, as of its last commit, to look at in a notebook or script."""
+    xp = main.get_xp_from_sig(sig)
+    xp.cfg.device = device
+    solver = Solver(xp.cfg, xp)
+    if not solver.restore(read_only=True):
+        raise FileNotFoundError(f"run {sig} has no checkpoint yet: {solver.checkpoint_path}")
+    return solver
+
+
+if __name__ == "__main__":
+    main()
