@@ -154,7 +154,7 @@ class RNGState:
     def state_dict(self) -> StateDict:
         """Gather the generators of all ranks."""
         numpy = np.random.get_state(legacy=False)
-        numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].copy())  # type: ignore[index]
+        numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
         mine = {
             "python": random.getstate(),
             "numpy": numpy,
@@ -177,8 +177,8 @@ class RNGState:
         mine = ranks[distrib.rank()]
         random.setstate(mine["python"])
         numpy = mine["numpy"]
-        numpy["state"]["key"] = numpy["state"]["key"].numpy()
-        np.random.set_state(numpy)
+        key = numpy["state"]["key"].numpy().astype(np.uint32)
+        np.random.set_state(numpy | {"state": numpy["state"] | {"key": key}})
         torch.set_rng_state(mine["torch"])
         if mine["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(mine["cuda"])

@@ -1,0 +1,73 @@
+"""Finishes the rendered project: lays the example over it, keeps one licence, makes a commit.
+
+Cookiecutter renders this file; the answers in it were checked and hold no quotes. Standard library
+only.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+SLUG = "{{ cookiecutter.project_slug }}"
+PACKAGE = "{{ cookiecutter.package_name }}"
+AUTHOR = "{{ cookiecutter.author_name }}"
+EXAMPLE = "{{ cookiecutter.example }}"
+LICENSE = "{{ cookiecutter.license }}"
+
+# Cookiecutter may run inside of another git command, whose repo is not ours.
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
+}
+
+
+def main() -> None:
+    """Finish the project in the current folder."""
+    shutil.copytree(Path("examples", EXAMPLE), ".", dirs_exist_ok=True)
+    shutil.rmtree("examples")
+    if LICENSE != "none":
+        Path("licenses", LICENSE).rename("LICENSE")
+    shutil.rmtree("licenses")
+    print(commit())
+    print(f'\nNext:\n  cd {SLUG}\n  pip install -e ".[dev]"\n  dora run')
+
+
+def commit() -> str:
+    """Make the project a git repo with one commit; return a word on it."""
+    if shutil.which("git") is None:
+        return "git was not found: the project is no git repo yet."
+    if git("rev-parse", "--is-inside-work-tree") == "true":
+        return "The folder is inside of a git repo: no other one was made."
+    try:
+        git("init", "--initial-branch=main", check=True)
+        git("add", "--all", check=True)
+        options = ["core.hooksPath=/dev/null", "commit.gpgSign=false"]
+        if not (git("config", "user.name") and git("config", "user.email")):
+            options += [f"user.name={AUTHOR}", f"user.email={SLUG}@localhost"]
+        settings = [part for option in options for part in ("-c", option)]
+        git(*settings, "commit", "-m", f"Start from cookiecutter-solver {version()}", check=True)
+    except subprocess.CalledProcessError as error:
+        return f"git failed, so there is no first commit: {error.stderr.strip()}"
+    return "A git repo with a first commit was made."
+
+
+def git(*arguments: str, check: bool = False) -> str:
+    """Run git here; return what it prints."""
+    done = subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=check, env=ENVIRONMENT
+    )
+    return done.stdout.strip()
+
+
+def version() -> str:
+    """The version of the core that was rendered."""
+    source = Path(PACKAGE, "core", "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'__version__ = "(.+)"', source)
+    return found[1] if found else "of unknown version"
+
+
+if __name__ == "__main__":
+    main()

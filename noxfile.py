@@ -1,0 +1,114 @@
+"""Every command that a developer or CI runs: `nox`, or `nox -s demo|lint|tests|matrix`."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cookiecutter-solver"
+EXAMPLES, TRACKERS = (
+    json.loads((ROOT / "cookiecutter.json").read_text())[answer] for answer in ("example", "tracker")
+)
+RUNTIME = (
+    "dora-search",
+    "hydra-core",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+    "tensorboard",
+    "torch",
+    "wandb",
+)
+
+nox.options.sessions = ["lint", "tests", "matrix"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.default_venv_backend = "venv"
+# Cookiecutter copies the whole repo folder each time it renders: environments live elsewhere.
+nox.options.envdir = os.environ.get("NOX_ENVDIR") or str(CACHE / "nox")
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install at the pinned versions."""
+    session.install("-q", "-c", str(ROOT / "constraints.txt"), *requirements)
+
+
+def render(session: nox.Session, folder: Path, **answers: str) -> Path:
+    """Render a project into the folder, from a copy of the files that git knows or would add."""
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary, "template")
+        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.check_output(listed, cwd=ROOT, text=True).splitlines():
+            if (ROOT / name).is_file():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, copy / name)
+        given = [f"{name}={value}" for name, value in answers.items()]
+        session.run("cookiecutter", str(copy), "--no-input", "-o", str(folder), *given)
+    return folder / answers.get("project_slug", "my-research")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Render a project, install it, train it on real data, and say where everything is."""
+    install(session, "cookiecutter")
+    folder = Path(session.posargs[0] if session.posargs else tempfile.mkdtemp(prefix="demo-"))
+    project = render(session, folder.resolve())
+    install(session, "-e", str(project))
+    with session.chdir(project):
+        session.run("dora", "run")
+    [run] = (project / "outputs" / "xps").iterdir()
+    accuracy = json.loads((run / "history.json").read_text())[-1]["valid"]["acc"]
+    tensorboard = Path(session.bin, "tensorboard")
+    session.log(f"Final validation accuracy: {accuracy:.2%}")
+    session.log(f"Run folder: {run}")
+    session.log(f"Curves: {tensorboard} --logdir {project / 'outputs'}")
+    session.log(f"Again: cd {project} && {Path(session.bin, 'dora')} run")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Lint and type-check the repo and a rendered project."""
+    install(session, *RUNTIME, "cookiecutter", "mypy", "nox", "pytest", "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy", "core", "tests", "noxfile.py")
+    for hook in sorted((ROOT / "hooks").glob("*.py")):
+        session.run("mypy", str(hook))
+    check_rendered(session, render(session, Path(session.create_tmp(), "lint")))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Test the core and the template; arguments go to pytest."""
+    install(session, *RUNTIME, "cookiecutter", "pytest", "pytest-timeout")
+    session.run(
+        "python", "-m", "pytest", *(session.posargs or []), env={"OMP_NUM_THREADS": "1"}
+    )
+
+
+@nox.session
+def matrix(session: nox.Session) -> None:
+    """Render every example with every tracker: lint, type-check; install and test each example."""
+    install(session, *RUNTIME, "cookiecutter", "mypy", "pytest", "pytest-timeout", "ruff")
+    with tempfile.TemporaryDirectory() as folder:
+        for example, tracker in itertools.product(EXAMPLES, TRACKERS):
+            where = Path(folder, f"{example}-{tracker}")
+            project = render(session, where, example=example, tracker=tracker)
+            check_rendered(session, project)
+            if tracker == TRACKERS[0]:
+                install(session, "-e", f"{project}[dev]")
+                with session.chdir(project):
+                    session.run("pytest", env={"OMP_NUM_THREADS": "1"})
+
+
+def check_rendered(session: nox.Session, project: Path) -> None:
+    """Lint and type-check a rendered project by its own rules."""
+    with session.chdir(project):
+        session.run("ruff", "check", ".")
+        session.run("ruff", "format", "--check", ".")
+        session.run("mypy")

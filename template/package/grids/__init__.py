@@ -1,0 +1,1 @@
+"""Dora grids: files here with an `explorer`, run by `dora grid <name>`."""
