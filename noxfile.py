@@ -12,9 +12,7 @@ import nox
 
 ROOT = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cookiecutter-solver"
-EXAMPLES, TRACKERS = (
-    json.loads((ROOT / "cookiecutter.json").read_text())[answer] for answer in ("example", "tracker")
-)
+QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text())
 RUNTIME = (
     "dora-search",
     "hydra-core",
@@ -86,9 +84,7 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Test the core and the template; arguments go to pytest."""
     install(session, *RUNTIME, "cookiecutter", "pytest", "pytest-timeout")
-    session.run(
-        "python", "-m", "pytest", *(session.posargs or []), env={"OMP_NUM_THREADS": "1"}
-    )
+    session.run("python", "-m", "pytest", *(session.posargs or []), env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
@@ -96,11 +92,11 @@ def matrix(session: nox.Session) -> None:
     """Render every example with every tracker: lint, type-check; install and test each example."""
     install(session, *RUNTIME, "cookiecutter", "mypy", "pytest", "pytest-timeout", "ruff")
     with tempfile.TemporaryDirectory() as folder:
-        for example, tracker in itertools.product(EXAMPLES, TRACKERS):
+        for example, tracker in itertools.product(QUESTIONS["example"], QUESTIONS["tracker"]):
             where = Path(folder, f"{example}-{tracker}")
             project = render(session, where, example=example, tracker=tracker)
             check_rendered(session, project)
-            if tracker == TRACKERS[0]:
+            if tracker == QUESTIONS["tracker"][0]:
                 install(session, "-e", f"{project}[dev]")
                 with session.chdir(project):
                     session.run("pytest", env={"OMP_NUM_THREADS": "1"})

@@ -8,4 +8,6 @@ from pathlib import Path
 
 core = Path("{{ cookiecutter.package_name }}", "core")
 if core.is_dir() and any(core.iterdir()):
-    sys.exit(f"project_slug: {Path.cwd().name}/{core} exists and may hold your edits: choose another.")
+    sys.exit(
+        f"project_slug: {Path.cwd().name}/{core} exists and may hold your edits: choose another."
+    )

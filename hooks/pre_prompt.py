@@ -1,7 +1,7 @@
 """Puts the template together, in the temporary copy of the repo that cookiecutter makes.
 
 The repo keeps readable names; cookiecutter wants a folder whose name is a template. So `template/`
-and every `package/` in it get such names, and the core goes into the package. Standard library only.
+and every `package/` in it get such names, and the core goes into the package.
 """
 
 import shutil

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from {{ cookiecutter.package_name }}.core.state import seed_everything
+from {{ cookiecutter.package_name }}.core.xp import FolderXP
 from {{ cookiecutter.package_name }}.solver import Solver
 from {{ cookiecutter.package_name }}.train import load_solver, main
 
@@ -21,7 +22,7 @@ def make_solver(folder: Path, *overrides: str) -> Solver:
     """A freshly seeded solver, on CPU, whose run is the folder."""
     cfg = main.get_xp(["epochs=3", "device=cpu", "trackers=[]", *overrides]).cfg
     seed_everything(cfg.seed)
-    return Solver(cfg, folder)
+    return Solver(cfg, FolderXP(folder))
 
 
 def dora(*args: str, outputs: Path, code: int = 0) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from {{ cookiecutter.package_name }}.core.state import seed_everything
+from {{ cookiecutter.package_name }}.core.xp import FolderXP
 from {{ cookiecutter.package_name }}.data import CLASSES, load_digits
 from {{ cookiecutter.package_name }}.model import ConvNet
 from {{ cookiecutter.package_name }}.solver import Solver, warmup_cosine
@@ -15,7 +16,9 @@ def test_data_is_split_without_overlap() -> None:
     train, valid = load_digits()
     assert (len(train), len(valid)) == (1438, 359)
     image, label = train[0]
-    assert image.shape == (1, 8, 8) and 0 <= image.min() and image.max() <= 1
+    assert image.shape == (1, 8, 8)
+    assert image.min() >= 0
+    assert image.max() <= 1
     assert label.dtype == torch.int64
     again, _ = load_digits()
     assert torch.equal(train.tensors[0], again.tensors[0])
@@ -38,7 +41,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
 def test_digits_are_learned_in_a_few_epochs(tmp_path: Path) -> None:
     cfg = main.get_xp(["epochs=4", "device=cpu", "trackers=[]"]).cfg
     seed_everything(cfg.seed)
-    solver = Solver(cfg, tmp_path)
+    solver = Solver(cfg, FolderXP(tmp_path))
     solver.run()
     accuracies = [epoch["valid"]["acc"] for epoch in solver.history]
     assert accuracies[-1] > 0.93
@@ -47,7 +50,7 @@ def test_digits_are_learned_in_a_few_epochs(tmp_path: Path) -> None:
 
 def test_bfloat16_trains(tmp_path: Path) -> None:
     cfg = main.get_xp(["epochs=1", "device=cpu", "trackers=[]", "optim.bf16=true"]).cfg
-    solver = Solver(cfg, tmp_path)
+    solver = Solver(cfg, FolderXP(tmp_path))
     solver.run()
     assert next(solver.model.parameters()).dtype == torch.float32
     assert solver.history[0]["train"]["loss"] < 2.3

@@ -1,0 +1,154 @@
+"""What is rendered: which files, from where, and what git makes of it."""
+
+import json
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, Render
+
+QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text())
+
+COMMON = {
+    ".gitattributes",
+    ".github/workflows/ci.yml",
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "LICENSE",
+    "README.md",
+    "my_research/__init__.py",
+    "my_research/config/config.yaml",
+    "my_research/grids/__init__.py",
+    "my_research/py.typed",
+    "my_research/schema.py",
+    "my_research/solver.py",
+    "my_research/train.py",
+    "pyproject.toml",
+    "tests/test_train.py",
+}
+OWN = {
+    "digits": {"my_research/data.py", "my_research/model.py", "tests/test_digits.py"},
+    "basic": set(),
+}
+
+
+def files(folder: Path) -> set[str]:
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in found if path.parts[0] != ".git"}
+
+
+def git(*arguments: str, cwd: Path) -> str:
+    return subprocess.check_output(["git", *arguments], cwd=cwd, text=True).strip()
+
+
+@pytest.mark.parametrize("example", QUESTIONS["example"])
+def test_exactly_these_files(example: str, render: Render, template: Path, tmp_path: Path) -> None:
+    assert render(example=example).returncode == 0
+    project = tmp_path / "out" / "my-research"
+    core = {f"my_research/core/{name}" for name in files(template / "core")}
+    assert files(project) == COMMON | OWN[example] | core
+
+
+def test_core_is_copied_byte_for_byte(render: Render, template: Path, tmp_path: Path) -> None:
+    render()
+    core = tmp_path / "out" / "my-research" / "my_research" / "core"
+    for name in files(template / "core"):
+        assert (core / name).read_bytes() == (template / "core" / name).read_bytes()
+
+
+@pytest.mark.parametrize("license", QUESTIONS["license"])
+@pytest.mark.parametrize("tracker", QUESTIONS["tracker"])
+@pytest.mark.parametrize("example", QUESTIONS["example"])
+def test_every_answer_renders(
+    example: str, tracker: str, license: str, render: Render, tmp_path: Path
+) -> None:
+    done = render(example=example, tracker=tracker, license=license)
+    assert done.returncode == 0, done.stderr
+    project = tmp_path / "out" / "my-research"
+    assert (project / "LICENSE").exists() == (license != "none")
+    needs = tomllib.loads((project / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert ("wandb" in needs) == (tracker in ("wandb", "both"))
+    assert ("tensorboard" in needs) == (tracker in ("tensorboard", "both"))
+    for name in files(project):
+        if "/core/" not in name:
+            text = (project / name).read_text()
+            assert not re.search(r"(?<!\$)\{\{|\{%|cookiecutter\.", text), name
+
+
+def test_from_a_git_url(render: Render, template: Path, tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    shutil.copytree(template, repo)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "x"]):
+        git(*command, cwd=repo)
+    done = render(source=f"git+file://{repo}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "my-research" / "pyproject.toml").exists()
+
+
+def test_from_a_zip(render: Render, template: Path, tmp_path: Path) -> None:
+    archive = shutil.make_archive(str(tmp_path / "archive"), "zip", template.parent, template.name)
+    done = render(source=archive)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "my-research" / "pyproject.toml").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["-f"]])
+def test_a_second_render_is_refused(options: list[str], render: Render, tmp_path: Path) -> None:
+    render()
+    project = tmp_path / "out" / "my-research"
+    (project / "my_research" / "core" / "solver.py").write_text("edited")
+    before = {name: (project / name).read_bytes() for name in files(project)}
+    done = render(*options)
+    assert done.returncode != 0
+    assert {name: (project / name).read_bytes() for name in files(project)} == before
+
+
+def test_a_first_commit_without_an_identity(render: Render, tmp_path: Path) -> None:
+    render()
+    project = tmp_path / "out" / "my-research"
+    assert git("log", "--format=%s", cwd=project) == "Start from cookiecutter-solver 0.1.0"
+    assert git("status", "--porcelain", cwd=project) == ""
+
+
+def test_signing_and_hooks_of_the_user_are_left_out(
+    render: Render, environment: dict[str, str], tmp_path: Path
+) -> None:
+    hook = tmp_path / "hooks" / "pre-commit"
+    hook.parent.mkdir()
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    config = f"[commit]\ngpgsign = true\n[core]\nhooksPath = {hook.parent}\n"
+    Path(environment["HOME"], ".gitconfig").write_text(config)
+    assert "first commit was made" in render().stdout
+
+
+def test_no_commit_inside_another_repo(render: Render, tmp_path: Path) -> None:
+    git("init", "-q", cwd=tmp_path)
+    assert "inside of a git repo" in render().stdout
+    assert not (tmp_path / "out" / "my-research" / ".git").exists()
+
+
+def test_no_commit_without_git(render: Render, environment: dict[str, str], tmp_path: Path) -> None:
+    environment["PATH"] = str(tmp_path)
+    assert "git was not found" in render().stdout
+
+
+def test_an_author_with_an_accent(render: Render, tmp_path: Path) -> None:
+    done = render(author_name="Zoé D'Arcy", description="It's déjà vu")
+    assert done.returncode == 0, done.stderr
+    project = tmp_path / "out" / "my-research"
+    about = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    assert about["authors"] == [{"name": "Zoé D'Arcy"}]
+    assert about["description"] == "It's déjà vu"
+    assert "Zoé D'Arcy" in (project / "LICENSE").read_text()
+    compile((project / "my_research" / "__init__.py").read_text(), "", "exec")
+
+
+def test_versions_agree() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f'__version__ = "{version}"' in (ROOT / "core" / "__init__.py").read_text()
