@@ -1,0 +1,225 @@
+"""Collectives and gradient synchronisation, on real gloo processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from .. import distrib
+from .processes import on_ranks
+
+
+def test_alone_everything_is_the_identity() -> None:
+    distrib.init()
+    assert (distrib.rank(), distrib.world_size()) == (0, 1)
+    assert distrib.is_rank_zero()
+    assert not distrib.is_distributed()
+    distrib.barrier()
+    tensor = torch.ones(2)
+    distrib.all_reduce(tensor)
+    distrib.average_tensors([tensor])
+    distrib.broadcast_tensors([tensor])
+    assert torch.equal(tensor, torch.ones(2))
+    assert distrib.broadcast_object("x") == "x"
+    assert distrib.average_metrics({"a": torch.tensor(2.0)}) == {"a": 2.0}
+    model = nn.Linear(2, 1)
+    assert distrib.wrap(model) is model
+    assert distrib.rank_zero_only(lambda: 3)() == 3
+
+
+def test_rank_is_right_before_init(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (distrib.rank(), distrib.world_size()) == (1, 2)
+    assert not distrib.is_rank_zero()
+    assert distrib.rank_zero_only(lambda: 3)() is None
+
+
+def test_missing_cuda_is_said() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    assert distrib.device("auto").type in ("cpu", "mps")
+    with pytest.raises(RuntimeError, match="CUDA is not available"):
+        distrib.device("cuda")
+
+
+def test_nccl_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA here")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="use gloo"):
+        distrib.init(backend="nccl")
+
+
+def _collectives() -> dict[str, Any]:
+    rank = distrib.rank()
+    distrib.barrier()
+    total = torch.tensor([float(rank + 1)])
+    distrib.all_reduce(total)
+    mean = [torch.full((2, 3), float(rank)), torch.tensor(rank), torch.tensor(rank * 2.0)]
+    distrib.average_tensors(mean)
+    half = torch.full((4,), 60000.0, dtype=torch.float16)
+    distrib.average_tensors([half])
+    sent = [torch.full((3, 2), rank).T, torch.tensor(rank * 1.0), torch.empty(0)]
+    distrib.broadcast_tensors(sent, src=1)
+    obj = ["mine", rank]
+    received = distrib.broadcast_object(obj, src=1)
+    model = nn.Linear(3, 3)
+    distrib.broadcast_model(model)
+    return {
+        "total": total.item(),
+        "mean": [mean[0].tolist(), mean[1].item(), mean[2].item()],
+        "half": half.isfinite().all().item(),
+        "sent": [sent[0].tolist(), sent[1].item()],
+        "object": received,
+        "own": received is obj,
+        "all": distrib.gather_objects(rank),
+        "weight": model.weight.tolist(),
+        "metrics": distrib.average_metrics(
+            {"a": 16777217, "b": rank} if rank else {"b": torch.tensor(rank), "a": 16777217},
+            rank + 1,
+        ),
+        "one": distrib.average_metrics({"x": 2.0} if rank else {}),
+        "zero": distrib.average_metrics({"x": float(rank)}, count=rank),
+    }
+
+
+def test_collectives_on_two_ranks() -> None:
+    zero, one = on_ranks(_collectives)
+    assert isinstance(zero, dict), zero
+    assert isinstance(one, dict), one
+    for result in (zero, one):
+        assert result["total"] == 3
+        assert result["mean"][0] == [[0.5] * 3] * 2
+        assert result["mean"][2] == 1.0
+        assert result["half"]
+        assert result["sent"] == [[[1] * 3] * 2, 1.0]
+        assert result["object"] == ["mine", 1]
+        assert result["all"] == [0, 1]
+        assert result["weight"] == zero["weight"]
+        assert result["metrics"] == {"a": 16777217.0, "b": 2 / 3}
+        assert result["one"] == {"x": 2.0}
+        assert result["zero"] == {"x": 1.0}
+    assert (zero["mean"][1], one["mean"][1]) == (0, 1)
+    assert (zero["own"], one["own"]) == (False, True)
+
+
+def _disagree(kind: str) -> str:
+    rank = distrib.rank()
+    tensors = {
+        "number": [torch.ones(2)] * (rank + 1),
+        "none": [torch.ones(2)] * rank,
+        "shape": [torch.ones(2 + rank)],
+        "dtype": [torch.ones(2, dtype=torch.float64 if rank else torch.float32)],
+    }[kind]
+    try:
+        distrib.average_tensors(tensors)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("kind", ["number", "none", "shape", "dtype"])
+def test_ranks_that_disagree_raise_on_all_ranks(kind: str) -> None:
+    for said in on_ranks(_disagree, kind, timeout=20):
+        assert "ranks disagree" in said
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 300_000), nn.Linear(300_000, 1)]
+    return nn.Sequential(*layers).double()
+
+
+def _data() -> torch.Tensor:
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(1)).double()
+
+
+def _gradients(how: str) -> list[list[float]]:
+    model = _model().eval()
+    shares = [_data()[distrib.rank() :: distrib.world_size()]]
+    if how == "accumulate":
+        shares = list(shares[0].chunk(2))
+    for share in shares[:-1]:
+        torch.autograd.backward(model(share).pow(2).mean() / len(shares))
+    last = lambda: model(shares[-1]).pow(2).mean() / len(shares)  # noqa: E731
+    if how == "plain":
+        last().backward()
+        distrib.sync_model(model)
+    elif how == "ddp":
+        wrapped = distrib.wrap(model)
+        torch.autograd.backward(wrapped(shares[-1]).pow(2).mean())
+    else:
+        with distrib.eager_sync_model(model):
+            last().backward()
+    return [p.grad.flatten()[:50].tolist() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("how", ["plain", "eager", "accumulate", "ddp"])
+def test_gradients_equal_those_of_the_full_batch(how: str) -> None:
+    model = _model().eval()
+    model(_data()).pow(2).mean().backward()
+    expected = [p.grad.flatten()[:50].tolist() for p in model.parameters() if p.grad is not None]
+    for found in on_ranks(_gradients, how):
+        assert isinstance(found, list), found
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-12)
+
+
+def _partly_unused() -> list[Any]:
+    a, b, c = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    with distrib.eager_sync_gradients([a, b, c, frozen]):
+        used = b if distrib.rank() else a
+        (used.sum() + 0 * a.detach().sum()).backward()
+    return [None if p.grad is None else p.grad.tolist() for p in (a, b, c, frozen)]
+
+
+def test_unused_and_frozen_parameters() -> None:
+    for found in on_ranks(_partly_unused):
+        assert found == [[0.5, 0.5], [0.5, 0.5], None, None], found
+
+
+def _misuse() -> list[str]:
+    said = []
+    p = nn.Parameter(torch.ones(2))
+    try:
+        with distrib.eager_sync_gradients([p]):
+            p.sum().backward()
+            p.sum().backward()
+    except RuntimeError as error:
+        said.append(str(error))
+    q = nn.Parameter(torch.ones(2))
+    try:
+        with distrib.eager_sync_gradients([q]):
+            raise ValueError("mine")
+    except ValueError as error:
+        said.append(str(error))
+    return said
+
+
+def test_misuse_and_exceptions_in_the_body() -> None:
+    for found in on_ranks(_misuse, timeout=20):
+        assert "second backward pass" in found[0]
+        assert found[1] == "mine"
+
+
+def _buffers(average: bool) -> list[float]:
+    model = nn.BatchNorm1d(1)
+    for buffer in model.buffers():
+        buffer.fill_(distrib.rank() + 1)
+    model(torch.ones(2, 1)).sum().backward()
+    for buffer in model.buffers():
+        buffer.fill_(distrib.rank() + 1)
+    distrib.sync_model(model, average_buffers=average)
+    return [float(b) for b in model.buffers()]
+
+
+def test_buffers() -> None:
+    assert on_ranks(_buffers, True) == [[1.5, 1.5, 1.0]] * 2
+    assert on_ranks(_buffers, False) == [[1.0, 1.0, 1.0]] * 2
