@@ -160,7 +160,7 @@ class LogProgressBar(Generic[T]):
         try:
             for done, item in enumerate(self._iterable, 1):
                 due = done % self._every == 0 and time.monotonic() - last >= self._seconds
-                self._will_log = due and not self._silent
+                self._will_log = (due or done == self._total) and not self._silent
                 yield item
                 if self._will_log:
                     now = time.monotonic()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import wave
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import torch
@@ -88,6 +89,16 @@ def to_bytes(image: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Convert a checked image to an array for Pillow, `[H, W, C]` or `[H, W]`; NaN is black."""
     pixels = image.nan_to_num(0.0, 1.0, 0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
     return (pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).numpy()
+
+
+def write_wav(file: IO[bytes], audio: torch.Tensor, sample_rate: int) -> None:
+    """Write checked audio `[C, T]` as 16 bit WAV."""
+    samples = audio.nan_to_num().clamp(-1, 1).mul(32767).round().to(torch.int16)
+    with wave.open(file, "wb") as wav:
+        wav.setnchannels(len(audio))
+        wav.setsampwidth(2)
+        wav.setframerate(sample_rate)
+        wav.writeframes(samples.T.contiguous().numpy().astype("<i2").tobytes())
 
 
 def _describe(tensor: torch.Tensor) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import wave
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from ..utils import write_and_rename
 from ..xp import XP
-from .base import Tracker, to_bytes
+from .base import Tracker, to_bytes, write_wav
 
 
 class LocalFiles(Tracker):
@@ -51,12 +50,8 @@ class LocalFiles(Tracker):
         self, stage: str, key: str, audio: torch.Tensor, sample_rate: int, step: int
     ) -> None:
         for path in self._media(stage, key, step, ".wav"):
-            samples = audio.nan_to_num().clamp(-1, 1).mul(32767).round().to(torch.int16)
-            with wave.open(str(path), "wb") as file:
-                file.setnchannels(len(audio))
-                file.setsampwidth(2)
-                file.setframerate(sample_rate)
-                file.writeframes(samples.T.contiguous().numpy().astype("<i2").tobytes())
+            with path.open("wb") as file:
+                write_wav(file, audio, sample_rate)
 
     def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
         from PIL import Image

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..xp import XP
-from .base import Tracker, to_bytes
+from .base import Tracker, to_bytes, write_wav
 
 
 class WandB(Tracker):
@@ -69,7 +70,11 @@ class WandB(Tracker):
         if self.with_media_logging:
             import wandb
 
-            self._log(stage, {key: wandb.Audio(audio.T.numpy(), sample_rate=sample_rate)}, step)
+            # Given samples rather than a file, W&B would ask for one more package.
+            with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+                write_wav(file, audio, sample_rate)
+                file.flush()
+                self._log(stage, {key: wandb.Audio(file.name)}, step)
 
     def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
         if self.with_media_logging:

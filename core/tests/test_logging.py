@@ -1,0 +1,233 @@
+"""Logging, formatting and trackers, on real files."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from .. import Formatter, LogProgressBar, ResultLogger, averager, bold, setup_logging
+from ..trackers import LocalFiles, TensorBoard, Tracker, WandB
+from ..utils import make_grid, readonly, write_and_rename
+from ..xp import FolderXP
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The lines of the logger `test`."""
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger("test"), Keep()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
+LOGGER = logging.getLogger("test")
+
+
+def test_formatter() -> None:
+    metrics = {"loss": 1.23456, "acc": 0.5, "n": 3, "name": "x", "none": None, "t": torch.ones(1)}
+    shown = Formatter({"acc*": ".1%", "*": ".2f"})({"acc_top": 0.5, "loss": 1})
+    assert shown == {"acc_top": "50.0%", "loss": "1.00"}
+    assert Formatter()(metrics) == {
+        "loss": "1.235",
+        "acc": "0.500",
+        "n": "3",
+        "name": "x",
+        "none": "None",
+        "t": "1.000",
+    }
+    assert Formatter()({"a": np.float32(2), "b": True}) == {"a": "2.000", "b": "True"}
+    assert list(Formatter(include_keys=["l*"])(metrics)) == ["loss"]
+    assert list(Formatter({"acc": ".1f"}, include_keys=["l*"])(metrics)) == ["loss", "acc"]
+    assert list(Formatter(exclude_keys=["n*", "t"])(metrics)) == ["loss", "acc"]
+    assert list(Formatter(exclude_keys=["*"], include_keys=["n"])(metrics)) == ["n"]
+
+
+@pytest.mark.parametrize(
+    ("total", "updates", "lines"), [(100, 5, 5), (23, 5, 5), (3, 5, 3), (9, 0, 0)]
+)
+def test_progress_lines(total: int, updates: int, lines: int, said: list[str]) -> None:
+    bar = LogProgressBar(LOGGER, range(total), updates=updates, name="Train")
+    announced = sum(bar.update(loss=float(i)) for i in bar)
+    assert announced == len(said) == lines
+    if lines:
+        assert said[-1].startswith(f"Train | {total}/{total} | ")
+        assert said[-1].endswith(f"loss {total - 1:.3f}")
+        assert ("ETA" in said[0]) == (lines > 1)
+
+
+def test_the_last_line_is_not_lost(said: list[str]) -> None:
+    bar = LogProgressBar(LOGGER, (i for i in range(10)), updates=1, total=10)
+    for i in bar:
+        bar.update(i=i)
+        if i == 6:
+            break
+    del bar
+    assert "7/10" in said[-1]
+    assert list(LogProgressBar(LOGGER, iter("abc"))) == ["a", "b", "c"]
+    assert "3/?" in said[-1]
+
+
+def test_nothing_is_formatted_between_lines() -> None:
+    class Forbidding:
+        def __format__(self, spec: str) -> str:
+            raise AssertionError("formatted")
+
+        __str__ = __format__  # type: ignore[assignment]
+
+    bar = LogProgressBar(LOGGER, range(10), updates=1)
+    for i in bar:
+        bar.update(loss=1.0 if i == 9 else Forbidding())
+
+
+def test_files_hold_no_colours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        setup_logging(folder=tmp_path / "run")
+    logging.getLogger("x").warning(bold("hello"))
+    text = (tmp_path / "run" / "solver.log.0").read_text()
+    assert text.count("hello") == 1
+    assert "\x1b" not in text + capsys.readouterr().err
+    setup_logging(with_file_log=False)
+
+
+def test_averages() -> None:
+    average = averager()
+    average({"a": 1.0, "t": torch.tensor(1.0)}, weight=1)
+    found = average({"a": 4.0, "t": torch.tensor(4.0), "b": 7}, weight=2)
+    assert (found["a"], found["b"], float(found["t"])) == (3.0, 7.0, 3.0)
+    assert isinstance(found["t"], torch.Tensor)
+    moving = averager(beta=0.5)
+    moving({"a": 0.0})
+    assert moving({"a": 3.0})["a"] == 2.0
+
+
+def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with write_and_rename(path, "w") as file:
+        file.write("old")
+
+    def fail() -> None:
+        with write_and_rename(path, "w", pid=True) as file:
+            file.write("new")
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_readonly_and_grid() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    with readonly(model):
+        assert not model.weight.requires_grad
+    assert (model.weight.requires_grad, model.bias.requires_grad) == (True, False)
+    assert make_grid(torch.ones(5, 1, 2, 2), columns=3).shape == (1, 8, 12)
+
+
+def log_all(tracker: Tracker, epochs: range) -> None:
+    tracker.log_hyperparams({"optim": {"lr": 0.1}, "name": "x"}, {})
+    for epoch in epochs:
+        tracker.log_metrics("train", {"loss": 1.0 / epoch}, epoch)
+    tracker.log_audio("train", "a", torch.zeros(2, 10), 8000, epochs[-1])
+    tracker.log_image("train", "i", torch.tensor([[[float("nan"), 1.0]]]), epochs[-1])
+    tracker.log_text("train", "t", "hello", epochs[-1])
+
+
+def test_local_files(tmp_path: Path) -> None:
+    xp = FolderXP(tmp_path)
+    log_all(LocalFiles(xp), range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"half')
+    log_all(LocalFiles(xp), range(3, 5))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert lines[1] == {"stage": "train", "epoch": 2, "loss": 0.5}
+    assert json.loads((tmp_path / "hyperparams.json").read_text())["params"]["optim"] == {"lr": 0.1}
+    media = tmp_path / "outputs" / "train_4"
+    assert np.array(Image.open(media / "i.png")).tolist() == [[0, 255]]
+    with wave.open(str(media / "a.wav")) as sound:
+        assert (sound.getnchannels(), sound.getframerate(), sound.getnframes()) == (2, 8000, 10)
+    assert (media / "t.txt").read_text() == "hello"
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    xp = FolderXP(tmp_path)
+    log_all(TensorBoard(xp), range(1, 4))
+    log_all(TensorBoard(xp), range(3, 5))
+    folder = tmp_path / "tensorboard"
+    assert all(path.is_file() for path in folder.iterdir())
+    read = events.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    read.Reload()
+    points = [(point.step, point.value) for point in read.Scalars("train/loss")]
+    assert [step for step, _ in points] == [1, 2, 3, 4]
+    assert points[1][1] == 0.5
+    assert read.Tags()["images"] == ["train/i"]
+    assert read.Tags()["audio"] == ["train/a"]
+    assert any("train/t" in name for name in read.Tags()["tensors"])
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracker = WandB(FolderXP(tmp_path, sig="abc"), project="p")
+    assert not (tmp_path / "wandb").exists()
+    log_all(tracker, range(1, 3))
+    tracker._opened.finish()
+    [run] = (tmp_path / "wandb").glob("offline-run-*-abc")
+    assert next(run.glob("*.wandb")).stat().st_size > 0
+
+
+def test_results_reach_trackers_and_failures_are_said_once(tmp_path: Path, said: list[str]) -> None:
+    class Broken(LocalFiles):
+        def log_metrics(self, *_: Any) -> None:
+            raise OSError("disk full")
+
+    results = ResultLogger(LOGGER, xp=FolderXP(tmp_path))
+    results.add_tracker(Broken(FolderXP(tmp_path)))
+    for epoch in (1, 2):
+        results.log_metrics("train", {"loss": torch.tensor(2.0)}, epoch)
+    assert sum("Broken failed" in line for line in said) == 1
+    assert any("Train Summary | Epoch 2 | loss 2.000" in line for line in said)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match=r"\[C, H, W\].*\(5, 5\)"):
+        results.log_image("train", "x", torch.zeros(5, 5), 1)
+    with pytest.raises(ValueError, match=r"\[C, T\].*\(5,\)"):
+        results.log_audio("train", "x", torch.zeros(5), 8000, 1)
+    with pytest.raises(ValueError, match="must be a str"):
+        results.log_text("train", "x", 3, 1)  # type: ignore[arg-type]
+
+
+def test_other_ranks_have_no_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ResultLogger(LOGGER, xp=FolderXP(tmp_path)).trackers == []
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    setup_logging(folder=tmp_path)
+    logging.getLogger("x").info("quiet")
+    logging.getLogger("x").warning("loud")
+    assert "loud" in stream.getvalue()
+    assert "quiet" not in stream.getvalue()
+    assert "quiet" in (tmp_path / "solver.log.1").read_text()
+    monkeypatch.undo()
+    setup_logging(with_file_log=False)

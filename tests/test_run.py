@@ -1,0 +1,76 @@
+"""Run a rendered project as its owner would, from the shell."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import ROOT, Render
+
+
+@pytest.fixture
+def project(render: Render, tmp_path: Path) -> Path:
+    assert render().returncode == 0
+    return tmp_path / "out" / "my-research"
+
+
+def start(project: Path, *command: str) -> subprocess.Popen[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    full = [sys.executable, "-m", *command]
+    return subprocess.Popen(full, cwd=project, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == code, said
+    return said
+
+
+def history(project: Path) -> list[dict[str, Any]]:
+    [path] = project.glob("outputs/xps/*/history.json")
+    found: list[dict[str, Any]] = json.loads(path.read_text())
+    return found
+
+
+def test_digits_reach_their_score_and_two_processes_agree(project: Path) -> None:
+    finish(start(project, "dora", "run"))
+    alone = history(project)[-1]["valid"]["acc"]
+    assert alone >= 0.98
+    [run] = (project / "outputs" / "xps").iterdir()
+    assert {"checkpoint.th", "history.json", "solver.log.0", "metrics.jsonl", "tensorboard"} <= {
+        path.name for path in run.iterdir()
+    }
+    run.rename(project / "alone")
+    finish(start(project, "dora", "run", "-d", "--ddp_workers=2"))
+    assert abs(history(project)[-1]["valid"]["acc"] - alone) <= 0.01
+
+
+def test_ctrl_c_and_on(project: Path) -> None:
+    command = ["my_research.train", "epochs=40", "trackers=[]"]
+    process = start(project, *command)
+    while not list(project.glob("outputs/xps/*/history.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = finish(process, code=130)
+    assert "Traceback" not in said
+    done = len(history(project))
+    assert 0 < done < 40
+    assert f"starts with epoch {done + 1}:" in finish(start(project, *command))
+    assert len(history(project)) == 40
+
+
+def test_readme_is_true() -> None:
+    """The test command is what CI runs; the solver shown is the solver rendered."""
+    readme = (ROOT / "README.md").read_text()
+    commands = [block.strip() for block in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL)]
+    assert (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1] == commands[1]
+    [shown] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert shown in (ROOT / "template/examples/digits/package/solver.py").read_text()
