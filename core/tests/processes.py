@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +17,13 @@ def on_ranks(
     function: Callable[..., Any], *args: Any, ranks: int = 2, timeout: int = 60
 ) -> list[Any]:
     """Call `function(*args)` on each rank; return what they return, or raised, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
     processes = [
-        context.Process(target=_work, args=(function, args, rank, ranks, results))
+        context.Process(target=_work, args=(function, args, rank, ranks, port, results))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -34,8 +38,14 @@ def on_ranks(
 
 
 def _work(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, ranks: int, results: Any
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    ranks: int,
+    port: int,
+    results: Any,
 ) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     try:
         distrib.init(timeout=30)
