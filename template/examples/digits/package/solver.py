@@ -84,7 +84,7 @@ class Solver(BaseSolver):
         return distrib.average_metrics(metrics, examples)
 
     def run_step(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
-        """One batch, `[B, 1, 8, 8]` and `[B]`; its metrics stay on the device: nothing waits for it."""
+        """One batch, `[B, 1, 8, 8]` and `[B]`; its metrics stay on the device, unawaited."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.optim.bf16):
             logits = self.model(images)
             loss = F.cross_entropy(logits, labels)
