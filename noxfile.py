@@ -77,7 +77,8 @@ def lint(session: nox.Session) -> None:
     session.run("mypy", "core", "tests", "noxfile.py")
     for hook in sorted((ROOT / "hooks").glob("*.py")):
         session.run("mypy", str(hook))
-    check_rendered(session, render(session, Path(session.create_tmp(), "lint")))
+    with tempfile.TemporaryDirectory() as folder:
+        check_rendered(session, render(session, Path(folder)))
 
 
 @nox.session
