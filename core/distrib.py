@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,6 +116,9 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
     elif "OMP_NUM_THREADS" not in os.environ:
         # Processes that each take all cores slow one another down manyfold.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
+    # Its functions have the process group of the moment of their import as a default argument.
+    # Were that ours, it would outlive `_leave`, and its threads might crash the end of Python.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(
         backend or ("nccl" if cuda else "gloo"),
         init_method=_rendezvous(place),
@@ -128,7 +131,7 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
 
 
 def _rendezvous(place: Place) -> str:
-    """Where the ranks meet: at a given address, at Slurm's first node, or at a local file."""
+    """Where the ranks meet: at a given address, at Slurm's first node, or at a file of the run."""
     if "MASTER_PORT" in os.environ:
         return "env://"
     if "SLURM_JOB_NODELIST" in os.environ and "SUBMITIT_EXECUTOR" in os.environ:
@@ -136,10 +139,12 @@ def _rendezvous(place: Place) -> str:
 
         job = TorchDistributedEnvironment()
         return f"tcp://{os.environ.get('MASTER_ADDR', job.master_addr)}:{job.master_port}"
-    if place.local_world_size < place.world_size:
-        raise RuntimeError("several machines need MASTER_ADDR and MASTER_PORT in the environment")
-    # Siblings on one machine have a parent in common. No port is needed, so no two runs collide.
-    return f"file://{tempfile.gettempdir()}/torch-rendezvous-{os.getppid()}"
+    if "RENDEZVOUS_FILE" in os.environ:
+        return f"file://{os.environ['RENDEZVOUS_FILE']}"
+    raise RuntimeError(
+        f"rank {place.rank} of {place.world_size} does not know where to meet the others: "
+        "set MASTER_ADDR and MASTER_PORT, or start with `dora run -d` or torchrun"
+    )
 
 
 def _leave() -> None:

@@ -143,9 +143,12 @@ def hydra_main(
 
             if not is_xp():
                 return super()._main()  # type: ignore[no-untyped-call]
+            xp: Any = get_xp()
+            # Dora clears this file before it starts workers. Unlike ports, no two runs share it.
+            os.environ["RENDEZVOUS_FILE"] = str(xp.rendezvous_file.absolute())
             try:
                 # The config was composed for the signature: no need for Hydra to do it again.
-                return self.main(get_xp().cfg)
+                return self.main(xp.cfg)
             except KeyboardInterrupt:
                 logger.warning("Interrupted. The same command goes on from the last commit.")
                 raise SystemExit(130) from None

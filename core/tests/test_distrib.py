@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +109,51 @@ def test_collectives_on_two_ranks() -> None:
         assert result["zero"] == {"x": 1.0}
     assert (zero["mean"][1], one["mean"][1]) == (0, 1)
     assert (zero["own"], one["own"]) == (False, True)
+
+
+def _threads_after_leaving() -> list[str]:
+    model = nn.Linear(2, 1)
+    optim = torch.optim.Adam(model.parameters())  # imports more of torch, with the group alive
+    with distrib.eager_sync_model(model):
+        model(torch.ones(1, 2)).sum().backward()
+    optim.step()
+    distrib._leave()
+    threads = Path("/proc/self/task").iterdir()
+    return [name for t in threads if "runloop" in (name := (t / "comm").read_text())]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed by Linux only")
+def test_leaving_ends_the_threads_of_the_group() -> None:
+    """One that is left may need Python after its end, and abort the process."""
+    assert on_ranks(_threads_after_leaving) == [[], []]
+
+
+LAUNCHED = """
+import sys
+sys.path.insert(0, {root!r})
+from {package} import distrib
+distrib.init()
+sys.stdout.write(f"{{distrib.gather_objects(distrib.rank())}}\\n")
+"""
+
+
+def test_torchrun_starts_us(tmp_path: Path) -> None:
+    package = distrib.__name__.rpartition(".")[0]
+    root = Path(distrib.__file__).parents[package.count(".") + 1]
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED.format(root=str(root), package=package))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    done = subprocess.run([*torchrun, script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["[0, 1, 2]"] * 3, done.stderr
+
+
+def test_workers_without_a_meeting_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_PORT", "RENDEZVOUS_FILE", "SUBMITIT_EXECUTOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="rank 1 of 2 does not know where to meet"):
+        distrib.init()
 
 
 def _disagree(kind: str) -> str:
