@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .xp import rendezvous_file
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -139,8 +141,8 @@ def _rendezvous(place: Place) -> str:
 
         job = TorchDistributedEnvironment()
         return f"tcp://{os.environ.get('MASTER_ADDR', job.master_addr)}:{job.master_port}"
-    if "RENDEZVOUS_FILE" in os.environ:
-        return f"file://{os.environ['RENDEZVOUS_FILE']}"
+    if (meeting := rendezvous_file()) is not None:
+        return f"file://{meeting}"
     raise RuntimeError(
         f"rank {place.rank} of {place.world_size} does not know where to meet the others: "
         "set MASTER_ADDR and MASTER_PORT, or start with `dora run -d` or torchrun"

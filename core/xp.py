@@ -10,6 +10,7 @@ import difflib
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,18 @@ def get_xp() -> XP:
     return xp
 
 
+def rendezvous_file() -> Path | None:
+    """Where processes that Dora started on one machine meet; None outside of Dora.
+
+    Dora removes what an earlier start left there, and unlike ports no two runs share it.
+    """
+    if "dora" not in sys.modules:
+        return None
+    from dora.xp import get_xp, is_xp
+
+    return Path(get_xp().rendezvous_file).absolute() if is_xp() else None
+
+
 def hydra_main(
     config_path: str, config_name: str, schema: type | None = None, version_base: str = "1.3"
 ) -> Callable[[Callable[[Any], None]], Any]:
@@ -143,12 +156,9 @@ def hydra_main(
 
             if not is_xp():
                 return super()._main()  # type: ignore[no-untyped-call]
-            xp: Any = get_xp()
-            # Dora clears this file before it starts workers. Unlike ports, no two runs share it.
-            os.environ["RENDEZVOUS_FILE"] = str(xp.rendezvous_file.absolute())
             try:
                 # The config was composed for the signature: no need for Hydra to do it again.
-                return self.main(xp.cfg)
+                return self.main(get_xp().cfg)
             except KeyboardInterrupt:
                 logger.warning("Interrupted. The same command goes on from the last commit.")
                 raise SystemExit(130) from None

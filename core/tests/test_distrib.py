@@ -148,7 +148,7 @@ def test_torchrun_starts_us(tmp_path: Path) -> None:
 
 
 def test_workers_without_a_meeting_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MASTER_PORT", "RENDEZVOUS_FILE", "SUBMITIT_EXECUTOR"):
+    for name in ("MASTER_PORT", "SUBMITIT_EXECUTOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
