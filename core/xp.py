@@ -174,10 +174,12 @@ def hydra_main(
 
 def _one_line(error: BaseException, known: Sequence[str] = ()) -> str:
     """What is wrong with the config, from an error and its causes, with the nearest known key."""
-    lines: list[str] = []
+    # Hydra's parser keeps the override that it can't read apart from what it says.
+    lines = [override] if (override := getattr(error, "override", "")) else []
     cause: BaseException | None = error
     while cause is not None:
-        lines.append((str(cause) or type(cause).__name__).splitlines()[0].rstrip("."))
+        said = (str(cause) or type(cause).__name__).replace(":\n", ": ")
+        lines.append(said.splitlines()[0].rstrip("."))
         cause = cause.__cause__
     key = str(getattr(error.__cause__, "full_key", None) or "")
     if key and known and key not in known:

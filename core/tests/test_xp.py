@@ -1,0 +1,208 @@
+"""Where a run lives: a package with a config and `hydra_main`, started as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from .. import xp
+
+CORE = Path(xp.__file__).parent.resolve()
+
+CONFIG = """
+defaults: [schema, _self_]
+lr: 0.1
+epochs: 2
+optim: {name: adam, momentum: 0.9}
+dora: {dir: "${oc.env:TOY_DIR,outputs}"}
+"""
+
+TRAIN = """
+from dataclasses import dataclass, field
+from typing import Any
+from core.xp import get_xp, hydra_main
+
+@dataclass
+class Optim:
+    name: str
+    momentum: float
+
+@dataclass
+class Config:
+    lr: float
+    epochs: int
+    optim: Optim
+    dora: Any
+
+@hydra_main(config_path="config", config_name="config", schema=Config)
+def main(cfg):
+    assert get_xp().cfg is cfg
+    get_xp().link.update_history([{"lr": cfg.lr}])
+    print("trained", cfg.lr, type(cfg.lr).__name__)
+    if cfg.epochs == 0:
+        raise KeyboardInterrupt
+
+if __name__ == "__main__":
+    main()
+"""
+
+# What a user of Flashy has, with the import of its new name.
+FLASHY = """
+import torch
+from dora import hydra_main
+import core as flashy
+
+class Solver(flashy.BaseSolver):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.model = torch.nn.Linear(32, 1)
+        flashy.distrib.broadcast_model(self.model)
+        self.optim = torch.optim.Adam(self.model.parameters(), lr=cfg.lr)
+        self.best_state = {}
+        self.register_stateful("model", "optim", "best_state")
+        self.init_tensorboard()
+
+    def run(self):
+        self.restore()
+        for epoch in range(self.epoch, self.cfg.epochs + 1):
+            self.run_stage("train", self.train)
+            self.commit(save_checkpoint=epoch % 2 == 1)
+
+    def train(self):
+        loss = self.model(torch.randn(4, 32)).abs().mean()
+        loss.backward()
+        flashy.distrib.sync_model(self.model)
+        self.optim.step()
+        self.optim.zero_grad()
+        return {"loss": loss.item()}
+
+@hydra_main(config_path="config", config_name="config", version_base="1.1")
+def main(cfg):
+    flashy.setup_logging()
+    flashy.distrib.init()
+    Solver(cfg).run()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A repo with a package `toy`; the core lies beside it, as `core`."""
+    repo = tmp_path / "repo"
+    (repo / "toy" / "config").mkdir(parents=True)
+    (repo / "core").symlink_to(CORE)
+    (repo / "pyproject.toml").write_text("")
+    (repo / "toy" / "__init__.py").write_text("")
+    (repo / "toy" / "train.py").write_text(TRAIN)
+    (repo / "toy" / "config" / "config.yaml").write_text(CONFIG)
+    return repo
+
+
+def python(
+    repo: Path, *command: str, cwd: Path | None = None, code: int = 0, **env: str
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd or repo,
+        env=os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"} | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def runs(repo: Path) -> list[Path]:
+    return sorted(repo.glob("outputs/xps/*"))
+
+
+def test_a_run_has_a_folder_by_its_overrides(toy: Path, tmp_path: Path) -> None:
+    assert "trained 0.1 float" in python(toy, "-m", "toy.train").stdout
+    # The folder belongs to the repo, not to where one stands; types are those of the schema.
+    assert "trained 1.0 float" in python(toy, "-m", "toy.train", "lr=1", cwd=tmp_path).stdout
+    python(toy, "-m", "dora", "-P", "toy", "run", "lr=1")
+    assert len(runs(toy)) == 2
+    assert not list(tmp_path.glob("outputs"))
+    elsewhere = tmp_path / "elsewhere"
+    python(toy, "-m", "toy.train", TOY_DIR=str(elsewhere))
+    assert len(list(elsewhere.glob("xps/*/history.json"))) == 1
+    assert len(runs(toy)) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("lrr=1", r"lrr.*did you mean 'lr'\?"),
+        ("optim.momentun=1", r"momentun.*did you mean 'optim.momentum'\?"),
+        ("optim.zzzzzz=1", r"zzzzzz.*keys are .*optim.name"),
+        ("lr=abc", "lr=abc.*Float"),
+        ("epochs=2.5", "epochs=2.5.*Integer"),
+        ("optim=sgd", "optim=sgd"),
+        ("lr=[", r"lr=\[.*no viable"),
+    ],
+)
+def test_a_wrong_override_is_one_line(toy: Path, override: str, said: str) -> None:
+    line = python(toy, "-m", "toy.train", override, code=1).stderr.strip()
+    assert re.fullmatch(f"Config error: .*({said}).*", line), line
+    assert not runs(toy)
+
+
+def test_a_wrong_config_file_is_one_line(toy: Path) -> None:
+    with (toy / "toy" / "config" / "config.yaml").open("a") as file:
+        file.write("lrr: 3\n")
+    error = python(toy, "-m", "toy.train", code=1).stderr
+    assert re.search(r"Config error in config\.yaml: .*lrr", error.splitlines()[-1]), error
+
+
+def test_help_and_config_belong_to_no_run(toy: Path) -> None:
+    assert "momentum: 0.9" in python(toy, "-m", "toy.train", "--cfg", "job").stdout
+    assert "momentum: 0.9" in python(toy, "-m", "toy.train", "--help").stdout
+    assert not runs(toy)
+
+
+def test_an_interrupt_says_how_to_go_on(toy: Path) -> None:
+    error = python(toy, "-m", "toy.train", "epochs=0", code=130).stderr
+    assert "The same command goes on" in error
+    assert "Traceback" not in error
+
+
+def test_runs_are_found_again(toy: Path) -> None:
+    python(toy, "-m", "toy.train", "lr=3")
+    [run] = runs(toy)
+    code = f"""
+        from hydra.core.global_hydra import GlobalHydra
+        from toy.train import main
+        for _ in range(2):
+            found = main.get_xp_from_sig({run.name!r})
+            assert found.cfg.lr == 3 and found.sig == {run.name!r}, found
+            assert main.get_xp(["lr=3"]).sig == found.sig
+            assert main.get_xp(["lr=4"]).sig != found.sig
+            assert found.link.load() or found.link.history == [{{"lr": 3}}]
+        assert not GlobalHydra.instance().is_initialized()
+    """
+    python(toy, "-c", textwrap.dedent(code))
+
+
+def test_flashys_example_runs_with_the_import_changed(toy: Path) -> None:
+    (toy / "toy" / "train.py").write_text(FLASHY)
+    config = toy / "toy" / "config" / "config.yaml"
+    config.write_text("lr: 0.1\nepochs: 3\ndora: {dir: outputs}\n")
+    python(toy, "-m", "dora", "-P", "toy", "run")
+    python(toy, "-m", "dora", "-P", "toy", "run", "-d", "--ddp_workers=2", "lr=0.2")
+    histories = [json.loads((run / "history.json").read_text()) for run in runs(toy)]
+    assert [[list(epoch) for epoch in history] for history in histories] == [[["train"]] * 3] * 2
+    # A run whose last workers were killed leaves a meeting point that must not be joined.
+    [worked] = [run for run in runs(toy) if (run / "worker_1.log").exists()]
+    (worked / "rendezvous.txt").write_bytes(b"stale")
+    python(toy, "-m", "dora", "-P", "toy", "run", "-d", "--ddp_workers=2", "lr=0.2")
