@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +107,24 @@ def test_files_hold_no_colours(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert text.count("hello") == 1
     assert "\x1b" not in text + capsys.readouterr().err
     setup_logging(with_file_log=False)
+
+
+def test_a_terminal_shows_colours(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    code = (
+        "import logging; from {}.logging import bold, setup_logging;"
+        "setup_logging(folder='.'); logging.getLogger('x').warning(bold('hello'))"
+    ).format(".".join(__name__.split(".")[:-2]))
+    seen, stderr = pty.openpty()
+    root = Path(__file__).parents[len(__name__.split(".")) - 1]
+    env = os.environ | {"PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, stderr=stderr, check=True)
+    line = os.read(seen, 1000).decode()
+    os.close(seen)
+    os.close(stderr)
+    assert "\x1b[1mhello\x1b[0m" in line
+    assert "\x1b[33mWARNING" in line
+    assert "\x1b" not in (tmp_path / "solver.log.0").read_text()
 
 
 def test_averages() -> None:
