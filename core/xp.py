@@ -123,11 +123,23 @@ def hydra_main(
         What Dora's commands work on: call it to run; `.get_xp(argv)` and `.get_xp_from_sig(sig)`
         find a run.
     """
-    from dora.hydra import HydraMain
     from hydra.core.config_store import ConfigStore
 
     if schema is not None:
         ConfigStore.instance().store(name="schema", node=schema)
+
+    def decorate(main: Callable[[Any], None]) -> Any:
+        try:
+            return _main_class()(main, config_name, config_path, version_base=version_base)
+        except Exception as error:
+            raise SystemExit(f"Config error in {config_name}.yaml: {_one_line(error)}") from error
+
+    return decorate
+
+
+def _main_class() -> Any:
+    """Dora's entry point, with what `hydra_main` promises beyond it."""
+    from dora.hydra import HydraMain
 
     class Main(HydraMain):
         def get_xp(self, argv: Iterable[str]) -> Any:
@@ -163,13 +175,7 @@ def hydra_main(
                 logger.warning("Interrupted. The same command goes on from the last commit.")
                 raise SystemExit(130) from None
 
-    def decorate(main: Callable[[Any], None]) -> Any:
-        try:
-            return Main(main, config_name, config_path, version_base=version_base)
-        except Exception as error:
-            raise SystemExit(f"Config error in {config_name}.yaml: {_one_line(error)}") from error
-
-    return decorate
+    return Main
 
 
 def _one_line(error: BaseException, known: Sequence[str] = ()) -> str:
