@@ -1,74 +1,246 @@
-"""How state reaches the disk and comes back: whole, verified, and never without a predecessor."""
+"""How state reaches the disk and comes back: whole, verified, out of the way of the training.
+
+`checkpoint.th` is the latest; older ones lie beside it, as `checkpoint.<epoch>.th`.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .state import StateDict
+from . import distrib
+from .state import StateDict, plain
 from .utils import write_and_rename
 
 logger = logging.getLogger(__name__)
 
+FORMAT = 1  # of the files; to be raised when older code could not read newer files
+
 
 class CheckpointError(RuntimeError):
-    """No checkpoint could be read, though there is at least one."""
+    """There is a checkpoint, but none that can be used."""
 
 
-def previous_path(path: Path) -> Path:
-    """Where the checkpoint before the one at `path` is kept."""
-    return path.with_name(f"{path.stem}.previous{path.suffix}")
+@dataclass(frozen=True)
+class Policy:
+    """Which checkpoints stay on disk, and how they get there.
+
+    Args:
+        last: number of the most recent to keep.
+        every: keep each whose epoch is a multiple of this; 0 for none.
+        best: keep that with the best value of this metric, such as `valid.loss`; empty for none.
+        mode: whether the best is the `min` or the `max`.
+        background: write while the training goes on; costs host memory for one more state.
+    """
+
+    last: int = 2
+    every: int = 0
+    best: str = ""
+    mode: str = "min"
+    background: bool = True
+
+    def __post_init__(self) -> None:
+        if self.last < 1 or self.every < 0 or self.mode not in ("min", "max"):
+            raise ValueError(f"checkpoints: last >= 1, every >= 0, mode min or max; not {self}")
+
+    def best_epoch(self, epochs: Sequence[int], history: Sequence[dict[str, Any]]) -> int | None:
+        """The best of some epochs, the earliest of equals; None if the metric is never a number."""
+        stage, _, metric = self.best.partition(".")
+        sign = 1 if self.mode == "min" else -1
+        values = {e: history[e - 1].get(stage, {}).get(metric, math.nan) for e in epochs}
+        known = [(sign * v, e) for e, v in values.items() if not math.isnan(v)]
+        return min(known)[1] if known else None
 
 
-def save(state: StateDict, path: Path) -> None:
-    """Write a state to `path`, durably; the file that was there becomes the previous one.
+# --------------------------------------------------------------------------------------- writing
+
+
+def save(
+    state: StateDict,
+    path: Path,
+    history: Sequence[dict[str, Any]] = (),
+    policy: Policy | None = None,
+) -> None:
+    """Write a state to `path`, durably; older checkpoints are kept by the policy.
 
     At every instant there is a whole checkpoint at `path`, once there has been one.
 
     Args:
         state: tensors and plain containers, such as `StateManager.state_dict()` gives.
         path: in an existing folder.
+        history: metrics of all epochs up to this one; their number is the epoch.
     """
-    with write_and_rename(path) as file:
-        torch.save(state, file)
-        file.flush()
+    about = {"format": FORMAT, "epoch": len(history)}
+    try:
         if path.exists():
-            previous = previous_path(path)
-            previous.unlink(missing_ok=True)
-            os.link(path, previous)
+            _keep(path)
+        with write_and_rename(path) as file:
+            torch.save({"checkpoint": about, **state}, file)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"epoch {len(history)} could not be saved to {path}: {error.__context__ or error}; "
+            "the checkpoint before it is intact"
+        ) from error
+    _prune(path, history, policy or Policy())
 
 
-def load(path: Path) -> StateDict | None:
-    """Read the checkpoint at `path`, or the previous one if that is damaged.
+def older(path: Path) -> dict[int, Path]:
+    """The checkpoints that are kept beside the latest, by epoch in rising order."""
+    marks = {p.name[len(path.stem) + 1 : -len(path.suffix)]: p for p in _beside(path, "*")}
+    return dict(sorted((int(mark), p) for mark, p in marks.items() if mark.isdecimal()))
 
-    Tensors come to the CPU. Nothing in the file is executed.
+
+def _beside(path: Path, mark: object) -> list[Path]:
+    return list(path.parent.glob(f"{path.stem}.{mark}{path.suffix}"))
+
+
+def _keep(path: Path) -> None:
+    """Give the latest checkpoint the name of an older one too."""
+    try:
+        epoch = _load(path, mmap=True)["checkpoint"]["epoch"]
+    except Exception:
+        _set_aside(path)
+        return
+    name = path.with_name(f"{path.stem}.{epoch}{path.suffix}")
+    name.unlink(missing_ok=True)
+    os.link(path, name)
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a damaged file, so that it is neither read again nor overwritten."""
+    number = 1 + len(_beside(path, "damaged-*"))
+    return path.rename(path.with_name(f"{path.stem}.damaged-{number}{path.suffix}"))
+
+
+def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy) -> None:
+    """Delete the older checkpoints that the policy does not ask for."""
+    files, latest = older(path), len(history)
+    before = [e for e in files if e < latest]
+    wanted: set[int | None] = set(before[::-1][: policy.last - 1])
+    if policy.every:
+        wanted |= {e for e in files if e % policy.every == 0}
+    if policy.best:
+        wanted |= {policy.best_epoch([e for e in (*files, latest) if 0 < e <= latest], history)}
+    for epoch, file in files.items():
+        if epoch not in wanted:
+            file.unlink()
+
+
+class Writer:
+    """Saves in the background, one state at a time, from a copy in host memory.
+
+    The copy's memory is kept for the next one, which spares the time to get it from the system.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[Any, torch.Tensor] = {}
+        self._pending: Future[None] | None = None
+
+    def submit(self, state: StateDict, write: Callable[[StateDict], None]) -> None:
+        """Copy the state, then call `write` with the copy in the background."""
+        self.wait()
+        spare, self._copies = self._copies, {}
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            # Tied tensors stay tied; a view does not drag along all of its storage.
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            if key not in self._copies:
+                pin = tensor.is_cuda
+                empty = spare.get(key)
+                if empty is None:
+                    empty = torch.empty_like(tensor, device="cpu", pin_memory=pin)
+                self._copies[key] = empty.copy_(tensor.detach(), non_blocking=pin)
+            return self._copies[key]
+
+        copied = plain(state, copy=copy)
+        done = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if done is not None:
+            done.record()
+
+        def work() -> None:
+            if done is not None:
+                done.synchronize()
+            write(copied)
+
+        self._pending = _threads.submit(work)
+
+    def wait(self) -> None:
+        """Wait for the write in flight, if any; raise its error, once."""
+        if self._pending is None:
+            return
+        try:
+            self._pending.result()
+        finally:
+            if self._pending.done():
+                self._pending = None
+
+
+# One thread is enough for a process; Python waits for it before it ends.
+_threads = ThreadPoolExecutor(1, "checkpoint")
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+def load(path: Path, read_only: bool = False) -> StateDict | None:
+    """Read the latest checkpoint, or the newest older one that is whole; all ranks must call it.
+
+    Tensors come to the CPU. Nothing in a file is executed. A damaged file is set aside under
+    another name, never deleted, as soon as there is one to go on from instead.
+
+    Args:
+        path: of the latest.
+        read_only: rename nothing, for another process may be writing here.
 
     Returns:
         The state, or None if there is no checkpoint at all.
 
     Raises:
-        CheckpointError: if there are checkpoints and none can be read.
+        CheckpointError: if there are checkpoints and none can be used.
     """
-    errors: list[str] = []
-    for candidate in (path, previous_path(path)):
+    found: Path | CheckpointError | None = None
+    state: StateDict | None = None
+    if distrib.is_rank_zero():
+        _threads.submit(int).result()  # a write of this process may be on its way
+        try:
+            found, state = _newest(path, read_only) or (None, None)
+        except CheckpointError as error:
+            found = error
+    found = distrib.broadcast_object(found)
+    if isinstance(found, CheckpointError):
+        raise found
+    return state if found is None or state is not None else read(found)
+
+
+def _newest(path: Path, read_only: bool) -> tuple[Path, StateDict] | None:
+    damaged: dict[Path, str] = {}
+    for candidate in (path, *reversed(older(path).values())):
         if not candidate.exists():
             continue
         try:
             state = read(candidate)
+        except (OSError, CheckpointError) as error:
+            raise CheckpointError(f"{candidate}: {error}") from error
         except Exception as error:
-            errors.append(f"{candidate}: {error}")
-            logger.error("This checkpoint is damaged: %s", errors[-1])
+            damaged[candidate] = str(error).splitlines()[0]
             continue
-        if candidate != path:
-            logger.warning("Going on from the previous checkpoint, %s: work was lost", candidate)
-        return state
-    if errors:
+        for bad, why in damaged.items():
+            where = bad if read_only else _set_aside(bad)
+            logger.warning("Damaged: %s, kept as %s: %s", bad, where.name, why)
+        return candidate, state
+    if damaged:
         raise CheckpointError(
-            "no checkpoint can be read; move these files away to start anew: " + "; ".join(errors)
+            "no checkpoint can be read, and none was touched; move these files away to start anew: "
+            + "; ".join(f"{bad}: {why}" for bad, why in damaged.items())
         )
     return None
 
@@ -79,7 +251,15 @@ def read(path: Path) -> StateDict:
     `torch.load` does not notice flipped bits, but the checksums of the zip archive tell.
     """
     with zipfile.ZipFile(path) as archive:
-        if (damaged := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"checksum of {damaged} does not match")
-    state: StateDict = torch.load(path, map_location="cpu", weights_only=True)
+        if (bad := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"checksum of {bad} does not match")
+    state = _load(path)
+    if not isinstance(state, dict) or "format" not in state.get("checkpoint", {}):
+        raise ValueError("not a checkpoint of this project")
+    if (found := state.pop("checkpoint")["format"]) > FORMAT:
+        raise CheckpointError(f"format {found} is newer than this code, which knows {FORMAT}")
     return state
+
+
+def _load(path: Path, mmap: bool = False) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

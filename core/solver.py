@@ -5,7 +5,9 @@ Subclass `BaseSolver`, register what is state, write `run()`. Everything here ma
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,10 +16,13 @@ from typing import Any, TypeVar
 from . import checkpoint, distrib, loader
 from .formatter import Formatter
 from .logging import LogProgressBar, ResultLogger, to_numbers
-from .state import AttributeWrapper, RNGState, StateDict, StateManager
-from .xp import XP, FolderXP, get_xp
+from .state import AttributeWrapper, RNGState, StateDict, StateManager, plain
+from .utils import flatten
+from .xp import XP, FolderXP, get_xp, in_signature
 
 T = TypeVar("T")
+
+ALLOW_CONFIG_CHANGE = "ALLOW_CONFIG_CHANGE"  # name of an environment variable
 
 
 class BaseSolver:
@@ -26,6 +31,13 @@ class BaseSolver:
     Args:
         xp: the run; the one running under Dora by default. A path makes a run of a plain folder.
     """
+
+    checkpoints = checkpoint.Policy()
+
+    def __init_subclass__(cls) -> None:
+        """Let `run` end only when all that was committed is on disk."""
+        if "run" in vars(cls):
+            cls.run = _then_wait(cls.run)  # type: ignore[method-assign]
 
     def __init__(self, xp: XP | str | Path | None = None) -> None:
         self.xp: XP = FolderXP(Path(xp)) if isinstance(xp, (str, Path)) else xp or get_xp()
@@ -36,6 +48,7 @@ class BaseSolver:
         self.register_stateful("history")
         self.register_stateful("xp.cfg", "xp.sig", write_only=True)
         self.stateful.register("rng", RNGState())
+        self._writer = checkpoint.Writer()
         self._current_stage: str | None = None
         self._start_epoch()
 
@@ -63,42 +76,119 @@ class BaseSolver:
     def commit(self, save_checkpoint: bool = True) -> None:
         """End the epoch: save the state, then publish the history; all ranks must call it.
 
-        If saving fails the epoch is not ended, and nothing is published.
+        Both happen in the background, unless the policy in `self.checkpoints` says otherwise. If
+        they fail, the next commit raises on all ranks, or else the end of `run`.
 
         Args:
             save_checkpoint: else a run that stops before the next checkpoint repeats this epoch.
         """
+        self.wait()
         self.history.append(self._pending_metrics)
         try:
             if save_checkpoint:
-                state = self.state_dict()
-                if distrib.is_rank_zero():
-                    checkpoint.save(state, self.checkpoint_path)
+                self._save(self.state_dict())
+                if not self.checkpoints.background:
+                    self.wait()
+            else:
+                self._publish(self.history)
         except BaseException:
             self.history.pop()
             raise
-        self._publish_history()
         self._start_epoch()
 
+    def wait(self) -> None:
+        """Wait until all that was committed is on disk; an error in that raises on all ranks."""
+        error: Exception | None = None
+        try:
+            self._writer.wait()
+        except Exception as caught:
+            error = caught
+        if failed := distrib.broadcast_object(str(error) if error else ""):
+            raise error or checkpoint.CheckpointError(failed)
+
+    def _save(self, state: StateDict) -> None:
+        if not distrib.is_rank_zero():
+            return
+        path, history = self.checkpoint_path, plain(self.history)
+
+        def write(state: StateDict) -> None:
+            checkpoint.save(state, path, history, self.checkpoints)
+            self._publish(history)
+
+        self._writer.submit(state, write)
+
     def restore(self, strict: bool = True, read_only: bool = False) -> bool:
-        """Go on from the latest checkpoint; return whether there is one.
+        """Go on from the latest checkpoint; return whether there is one. All ranks must call it.
 
         Args:
-            strict: refuse a checkpoint that lacks a registered state, or has another.
+            strict: refuse a checkpoint with missing, unexpected or wrongly shaped entries, or one
+                of a config with other values; otherwise warn, and go on with the rest.
             read_only: to look at a run rather than go on with it: the generators of this process
-                and the files of the run stay as they are.
+                and the files of the run stay as they are, and the config may differ.
         """
-        state = checkpoint.load(self.checkpoint_path)
+        state = checkpoint.load(self.checkpoint_path, read_only)
         if state is None:
             return False
         if read_only:
             state["rng"] = self.stateful.sources["rng"].state_dict()
+        else:
+            self._check_config(state.get("xp.cfg") or {}, strict)
         self.load_state_dict(state, strict)
         if not read_only:
-            self._publish_history()
+            self.xp.link.load()
+            if (lost := len(self.xp.link.history) - len(self.history)) > 0:
+                self.logger.warning("Going on from epoch %d: %d lost", self.epoch, lost)
+            self._publish(self.history)
             self._start_epoch()
             self.replay_history()
         return True
+
+    def _check_config(self, saved: dict[str, Any], strict: bool) -> None:
+        """Refuse to go on with other values than the run began with, such as an edited default."""
+        then, now = flatten(saved), flatten(plain(self.xp.cfg, "the config"))
+        changes = {
+            key: f"{key}: {then.get(key, 'absent')} -> {now.get(key, 'absent')}"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key) and not key.startswith(("dora.", "slurm."))
+        }
+        refused = [text for key, text in changes.items() if in_signature(self.xp, key)]
+        if refused and strict and not os.environ.get(ALLOW_CONFIG_CHANGE):
+            raise ValueError(
+                f"the config of run {self.xp.sig} has changed since its last checkpoint: "
+                f"{'; '.join(refused)}. Undo that; or start anew (`dora run --clear`); or go on "
+                f"with the new values by setting {ALLOW_CONFIG_CHANGE}=1 in the environment"
+            )
+        for text in changes.values():
+            self.logger.warning("The config has changed: %s", text)
+
+    def continue_from(
+        self,
+        source: str | Path,
+        names: Iterable[str] = ("model",),
+        version: str = "latest",
+        strict: bool = True,
+    ) -> None:
+        """Take the weights, or more, of another run, to start this one with.
+
+        Args:
+            source: signature of the run, its folder, or a checkpoint file.
+            names: of the states to take.
+            version: `latest`; or those that a state called `best` or `ema` keeps of them.
+            strict: refuse missing, unexpected or wrongly shaped entries; else warn and skip them.
+        """
+        tried = [Path(source), Path(source) / "checkpoint.th"]
+        tried.append(self.folder.parent / source / "checkpoint.th")
+        path = next((p for p in tried if p.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"continue from {source}: no {' nor '.join(map(str, tried))}")
+        state = checkpoint.load(path, read_only=True) or {}
+        kept = {"latest": state, "ema": state.get("ema")}
+        kept["best"] = state.get("best", {}).get("states")
+        found = kept.get(version) or {}
+        if absent := [name for name in names if name not in found]:
+            raise ValueError(f"continue from {path}: it has no {version} {', '.join(absent)}")
+        self.stateful.subset(names).load_state_dict({n: found[n] for n in names}, strict)
+        self.logger.info("Continue from %s of %s: %s", version, path, ", ".join(names))
 
     def replay_history(self) -> None:
         """Repeat the summaries of all committed epochs in the log."""
@@ -108,9 +198,9 @@ class BaseSolver:
                     stage, metrics, step=epoch, formatter=self.get_formatter(stage)
                 )
 
-    def _publish_history(self) -> None:
+    def _publish(self, history: list[dict[str, Any]]) -> None:
         if distrib.is_rank_zero():
-            self.xp.link.update_history(self.history)
+            self.xp.link.update_history(history)
 
     def _start_epoch(self) -> None:
         self._pending_metrics: dict[str, Any] = {}
@@ -260,3 +350,20 @@ class BaseSolver:
     def log_text(self, stage_name: str, key: str, text: str) -> None:
         """Log a text."""
         self.result_logger.log_text(stage_name, key, text, self.epoch)
+
+
+def _then_wait(run: Callable[..., T]) -> Callable[..., T]:
+    @functools.wraps(run)
+    def wrapped(self: BaseSolver, *args: Any, **kwargs: Any) -> T:
+        try:
+            result = run(self, *args, **kwargs)
+        except BaseException:
+            try:
+                self._writer.wait()  # not `wait`: other ranks may be elsewhere
+            except Exception as error:
+                self.logger.error("%s", error)
+            raise
+        self.wait()
+        return result
+
+    return wrapped

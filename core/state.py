@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import weakref
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from . import distrib
 
@@ -37,7 +42,8 @@ class AttributeWrapper:
     """A (dotted) attribute of an object, seen as a source of state.
 
     An attribute with a `state_dict` of its own is asked for it; lists and dicts are copied out and
-    restored in place; anything else is set. The owner is not kept alive.
+    restored in place; anything else is set. Of a module that is compiled or wrapped for
+    distributed training the bare names are kept. The owner is not kept alive.
     """
 
     def __init__(self, owner: Any, name: str) -> None:
@@ -62,6 +68,8 @@ class AttributeWrapper:
     def state_dict(self) -> Any:
         """The attribute's state; a list or dict is copied, so later changes don't reach it."""
         value = self._get()
+        if isinstance(value, nn.Module):
+            return module_state(value)
         if isinstance(value, StateDictSource):
             return value.state_dict()
         return value.copy() if isinstance(value, (list, dict)) else value
@@ -69,7 +77,9 @@ class AttributeWrapper:
     def load_state_dict(self, state: Any) -> None:
         """Restore the attribute, in place where it can be."""
         value = self._get()
-        if isinstance(value, StateDictSource):
+        if isinstance(value, nn.Module):
+            load_module_state(value, state)
+        elif isinstance(value, StateDictSource):
             value.load_state_dict(state)
         elif isinstance(value, list):
             value[:] = list(state)
@@ -82,6 +92,61 @@ class AttributeWrapper:
         else:
             parent, last = self._parent()
             setattr(parent, last, state)
+
+    def reconcile(self, state: Any) -> tuple[Any, list[str]]:
+        """What of a state can be loaded, and by name what can't; for all but modules, all can."""
+        value = self._get()
+        if not (isinstance(value, nn.Module) and isinstance(state, Mapping)):
+            return state, []
+        usable = module_state(value)
+        problems = [f"{self.name}.{k}: unexpected" for k in state.keys() - usable.keys()]
+        for key, own in usable.items():
+            if key not in state:
+                problems.append(f"{self.name}.{key}: missing")
+            elif _shape(own) not in (None, _shape(state[key])):
+                shapes = f"{_shape(state[key])} in the checkpoint, {_shape(own)} here"
+                problems.append(f"{self.name}.{key}: {shapes}")
+            else:
+                usable[key] = state[key]
+        return usable, sorted(problems)
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    known = isinstance(value, torch.Tensor) and not is_lazy(value)
+    return tuple(value.shape) if known else None
+
+
+def module_state(module: nn.Module) -> dict[str, Any]:
+    """The state of a module, with the names it has when neither compiled nor distributed."""
+    return _renamed(_bare(module).state_dict(), _bare_name)
+
+
+def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give a module, compiled or distributed or not, what `module_state` gave."""
+    module = _bare(module)
+    own = module.state_dict()
+    names = {_bare_name(n): n for n in (*getattr(own, "_metadata", {}), *own)}
+    module.load_state_dict(_renamed(state, lambda name: names.get(name, name)))
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        wrapped: nn.Module = module.module
+        return wrapped
+    return module
+
+
+def _bare_name(name: str) -> str:
+    """Name of a parameter without what `torch.compile` adds."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    renamed = OrderedDict((rename(name), value) for name, value in state.items())
+    if hasattr(state, "_metadata"):  # versions of the modules, by their names
+        about = {rename(name): value for name, value in state._metadata.items()}
+        renamed._metadata = OrderedDict(about)  # type: ignore[attr-defined]
+    return renamed
 
 
 class WriteOnlyWrapper:
@@ -110,6 +175,15 @@ class StateManager:
             raise ValueError(f"{name!r} is registered as state already")
         self.sources[name] = WriteOnlyWrapper(source) if write_only else source
 
+    def subset(self, names: Iterable[str]) -> StateManager:
+        """A manager of some of the sources; ValueError names those that are not registered."""
+        part = StateManager()
+        for name in names:
+            if name not in self.sources:
+                raise ValueError(f"{name!r} is not registered; {', '.join(self.sources)} are")
+            part.register(name, self.sources[name])
+        return part
+
     def state_dict(self) -> StateDict:
         """Gather the state of all sources, as tensors and plain containers.
 
@@ -121,23 +195,24 @@ class StateManager:
         """Give each source its state back.
 
         Args:
-            strict: if names are missing or unexpected, raise a KeyError that lists them and change
-                nothing; otherwise warn and load the rest.
+            strict: if entries are missing, unexpected or of another shape, raise a RuntimeError
+                that lists them all, and change nothing; otherwise warn and load the rest.
         """
-        readable = {n for n, s in self.sources.items() if not isinstance(s, WriteOnlyWrapper)}
-        missing = sorted(readable - state.keys())
-        unexpected = sorted(state.keys() - self.sources.keys())
-        if missing or unexpected:
-            message = (
-                f"state and checkpoint disagree: missing from the checkpoint: {missing or 'none'}; "
-                f"in the checkpoint but not registered: {unexpected or 'none'}"
-            )
+        readable = {n: s for n, s in self.sources.items() if not isinstance(s, WriteOnlyWrapper)}
+        problems = [f"{n}: missing" for n in sorted(readable.keys() - state.keys())]
+        problems += [f"{n}: unexpected" for n in sorted(state.keys() - self.sources.keys())]
+        usable = {name: state[name] for name in readable if name in state}
+        for name, value in usable.items():
+            if isinstance(source := readable[name], AttributeWrapper):
+                usable[name], found = source.reconcile(value)
+                problems += found
+        if problems:
+            message = "checkpoint and registered state differ: " + "; ".join(problems)
             if strict:
-                raise KeyError(message)
-            logger.warning(message)
-        for name, source in self.sources.items():
-            if name in state:
-                source.load_state_dict(state[name])
+                raise RuntimeError(message)
+            logger.warning("Skipped: %s", message)
+        for name, value in usable.items():
+            readable[name].load_state_dict(value)
 
 
 def seed_everything(seed: int) -> None:
@@ -166,9 +241,10 @@ class RNGState:
     def load_state_dict(self, state: StateDict) -> None:
         """Set this rank's generators; those of a rank that did not exist are left alone."""
         ranks = state["ranks"]
-        if len(ranks) != distrib.world_size():
+        if len(ranks) != distrib.world_size() and distrib.is_rank_zero():
             logger.warning(
-                "Saved by %d processes, restored by %d: random numbers will not be the same",
+                "Saved by %d processes, restored by %d: random numbers, the shares of the data and "
+                "the order of sums differ from here on, so the rest is not bitwise the same",
                 len(ranks),
                 distrib.world_size(),
             )
@@ -184,27 +260,158 @@ class RNGState:
             torch.cuda.set_rng_state(mine["cuda"])
 
 
-def plain(value: Any, name: str = "state") -> Any:
+class Best:
+    """A copy, in host memory, of some modules at the best value of a metric so far.
+
+    Args:
+        modules: to copy, by name.
+        mode: whether the best value is the `min` or the `max`.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], mode: str = "min") -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"best: mode must be min or max, not {mode!r}")
+        self.modules = dict(modules)
+        self.mode = mode
+        self.value = math.inf if mode == "min" else -math.inf
+        self.states: dict[str, Any] = {}
+
+    def update(self, value: float) -> bool:
+        """Copy the modules if `value` is better than all before; return whether it was.
+
+        NaN never is. All ranks must call it, and go by the value of rank zero.
+        """
+        value = distrib.broadcast_object(float(value))
+        if not (value < self.value if self.mode == "min" else value > self.value):
+            return False
+        self.value = value
+        self.states = {
+            name: plain(module_state(m), copy=lambda t: t.detach().to("cpu", copy=True))
+            for name, m in self.modules.items()
+        }
+        return True
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Let the modules have their best state in the body, and their own again after it."""
+        with _swapped(self.modules, self.states):
+            yield
+
+    def state_dict(self) -> StateDict:
+        """The best value and the states that gave it."""
+        return {"value": self.value, "states": dict(self.states)}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Take back what `state_dict` gave."""
+        self.value, self.states = state["value"], dict(state["states"])
+
+
+class EMA:
+    """Exponential moving averages of the weights of modules.
+
+    Often better than the weights themselves: Polyak & Juditsky (1992), "Acceleration of stochastic
+    approximation by averaging". Averages are in float32 at least; integers (counters) are copied.
+
+    Args:
+        modules: to average, by name.
+        decay: weight of the past at each update.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"EMA: decay must be at least 0 and below 1, not {decay}")
+        self.modules = dict(modules)
+        self.decay = decay
+        self.states: dict[str, dict[str, torch.Tensor]] = {}
+        self._averages: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for name, module in self.modules.items():
+            # With their variables, for those remain the same when a module moves.
+            tensors = _renamed(_bare(module).state_dict(keep_vars=True), _bare_name)
+            self.states[name] = {}
+            for key, value in tensors.items():
+                if not isinstance(value, torch.Tensor):
+                    continue
+                # Half precision would lose the small steps of an average.
+                half = value.dtype in (torch.float16, torch.bfloat16)
+                average = value.detach().to(torch.float32 if half else value.dtype, copy=True)
+                floating = average.is_floating_point() or average.is_complex()
+                averages, values = self._averages if floating else self._copies
+                averages.append(average)
+                values.append(value)
+                self.states[name][key] = average
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follow the modules; call it after each step of the optimizer."""
+        averages, values = self._averages
+        same = [v.to(a.dtype) for a, v in zip(averages, values, strict=True)]
+        if same:
+            torch._foreach_lerp_(averages, same, 1 - self.decay)
+        for copy, value in zip(*self._copies, strict=True):
+            copy.copy_(value)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Let the modules have their averages in the body, and their own weights after it."""
+        with _swapped(self.modules, self.states):
+            yield
+
+    def state_dict(self) -> StateDict:
+        """The averages, by the names of the modules."""
+        return dict(self.states)
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Take back what `state_dict` gave."""
+        for name, averages in self.states.items():
+            for key, average in averages.items():
+                average.copy_(state[name][key])
+
+
+@contextmanager
+def _swapped(modules: Mapping[str, nn.Module], states: Mapping[str, Any]) -> Iterator[None]:
+    own = {name: deepcopy(module_state(modules[name])) for name in states}
+    try:
+        for name, state in states.items():
+            load_module_state(modules[name], module_state(modules[name]) | state)
+        yield
+    finally:
+        for name, state in own.items():
+            load_module_state(modules[name], state)
+
+
+def plain(
+    value: Any,
+    name: str = "state",
+    copy: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+) -> Any:
     """Convert a state to tensors and plain containers, which are all that a checkpoint may hold.
 
     Configs, enums, paths and NumPy values are converted; TypeError names anything else.
+
+    Args:
+        value: the state.
+        name: how to call it in errors.
+        copy: applied to each tensor.
     """
-    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+    if isinstance(value, torch.Tensor):
+        return copy(value)
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, OrderedDict) and hasattr(value, "_metadata"):  # of a module, has versions
-        state = OrderedDict((key, plain(v, f"{name}.{key}")) for key, v in value.items())
+        state = OrderedDict((key, plain(v, f"{name}.{key}", copy)) for key, v in value.items())
         state._metadata = value._metadata  # type: ignore[attr-defined]
         return state
     if isinstance(value, Mapping):
-        return {plain(key, name): plain(v, f"{name}.{key}") for key, v in value.items()}
+        return {plain(key, name): plain(v, f"{name}.{key}", copy) for key, v in value.items()}
     if isinstance(value, tuple):
-        return tuple(plain(v, f"{name}.{i}") for i, v in enumerate(value))
+        return tuple(plain(v, f"{name}.{i}", copy) for i, v in enumerate(value))
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(v, f"{name}.{i}") for i, v in enumerate(value)]
+        return [plain(v, f"{name}.{i}", copy) for i, v in enumerate(value)]
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
+        return copy(torch.from_numpy(value.copy()))
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, Path):

@@ -43,6 +43,15 @@ def _accurate(value: Any) -> Any:
     return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
+def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings, and empty mappings, by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        inner = value if isinstance(value, Mapping) and value else None
+        flat |= {f"{prefix}{key}": value} if inner is None else flatten(inner, f"{prefix}{key}.")
+    return flat
+
+
 @contextmanager
 def write_and_rename(
     path: str | Path, mode: str = "wb", suffix: str = ".tmp", pid: bool = False

@@ -10,13 +10,14 @@ import difflib
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from .utils import write_and_rename
+from .utils import flatten, write_and_rename
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ class Link(Protocol):
     """How a run tells the world its history."""
 
     history: History
+
+    def load(self) -> None:
+        """Read what was published last, if anything."""
 
     def update_history(self, history: History) -> None:
         """Replace the published history."""
@@ -51,6 +55,11 @@ class FileLink:
 
     path: Path
     history: History = field(default_factory=list)
+
+    def load(self) -> None:
+        """Read what was published last, if anything."""
+        if self.path.exists():
+            self.history = json.loads(self.path.read_text())
 
     def update_history(self, history: History) -> None:
         self.history[:] = history
@@ -90,6 +99,12 @@ def get_xp() -> XP:
         )
     xp: XP = get_xp()
     return xp
+
+
+def in_signature(xp: XP, key: str) -> bool:
+    """Does a (dotted) key of the config tell this run from others?"""
+    dora = getattr(xp, "dora", None)
+    return dora is None or not dora.is_excluded(key)
 
 
 def rendezvous_file() -> Path | None:
@@ -140,13 +155,15 @@ def hydra_main(
 def _main_class() -> Any:
     """Dora's entry point, with what `hydra_main` promises beyond it."""
     from dora.hydra import HydraMain
+    from omegaconf import OmegaConf
 
     class Main(HydraMain):
         def get_xp(self, argv: Iterable[str]) -> Any:
             try:
                 return super().get_xp(list(argv))
             except Exception as error:
-                known = list(_flatten(self._base_cfg))
+                keys: Any = OmegaConf.to_container(self._base_cfg)
+                known = list(flatten(keys))
                 raise SystemExit(f"Config error: {_one_line(error, known)}") from None
 
         def _get_dora(self) -> Any:
@@ -168,6 +185,8 @@ def _main_class() -> Any:
 
             if not is_xp():
                 return super()._main()  # type: ignore[no-untyped-call]
+            # A terminated run ends as an interrupted one does: with its last checkpoint on disk.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 # The config was composed for the signature: no need for Hydra to do it again.
                 return self.main(get_xp().cfg)
@@ -192,12 +211,3 @@ def _one_line(error: BaseException, known: Sequence[str] = ()) -> str:
         near = difflib.get_close_matches(key, known, n=1)
         lines.append(f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}")
     return ": ".join(dict.fromkeys(lines))
-
-
-def _flatten(cfg: Any, prefix: str = "") -> Iterator[str]:
-    """Names of all keys of a nested config, dotted."""
-    for key in cfg:
-        child = cfg._get_node(key)
-        yield f"{prefix}{key}"
-        if hasattr(child, "keys"):
-            yield from _flatten(child, f"{prefix}{key}.")

@@ -15,16 +15,17 @@ import torch
 from torch import nn
 
 from .. import BaseSolver, averager, checkpoint
-from ..state import seed_everything
+from ..state import EMA, Best, seed_everything
+from ..xp import FolderXP
 
 CORE = Path(__file__).parent.parent
 
 
 class Solver(BaseSolver):
-    def __init__(self, folder: Path, epochs: int = 4) -> None:
+    def __init__(self, folder: Path, epochs: int = 4, width: int = 8) -> None:
         super().__init__(folder)
         self.epochs = epochs
-        self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        self.model: Any = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.5), nn.Linear(width, 1))
         self.optim = torch.optim.Adam(self.model.parameters(), lr=0.01)
         self.register_stateful("model", "optim")
 
@@ -66,23 +67,14 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "parts" / "history.json").read_text()) == resumed.history
 
 
-def test_a_commit_that_fails_does_not_advance(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_commit_without_a_checkpoint_is_repeated(tmp_path: Path) -> None:
     solver = Solver(tmp_path)
     solver.run_stage("train", solver.train)
-
-    def full(*_: Any) -> None:
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", full)
-        with pytest.raises(OSError, match="disk full"):
-            solver.commit()
-    assert (solver.epoch, solver.history) == (1, [])
-    assert not (tmp_path / "history.json").exists()
     solver.commit()
-    assert solver.epoch == 2
     solver.run_stage("train", solver.train)
     solver.commit(save_checkpoint=False)
+    solver.wait()
+    assert len(json.loads((tmp_path / "history.json").read_text())) == 2
     again = Solver(tmp_path)
     assert again.restore()
     assert again.epoch == 2
@@ -103,6 +95,7 @@ def test_stages(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="'inner' was started inside of stage 'outer'"):
         solver.run_stage("outer", solver.run_stage, "inner", dict)
     solver.commit()
+    solver.wait()
     assert json.loads((tmp_path / "history.json").read_text())[0]["valid"]["b"] == 2
 
 
@@ -116,6 +109,94 @@ def test_reading_leaves_everything_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert len(solver.history) == 2
     assert not (tmp_path / "history.json").exists()
+
+
+class FakeXP(FolderXP):
+    """A folder that says, as Dora does, which keys are in its signature."""
+
+    class dora:
+        @staticmethod
+        def is_excluded(key: str) -> bool:
+            return key == "workers"
+
+
+def guarded(folder: Path, **cfg: Any) -> Solver:
+    solver = Solver(folder)
+    solver.xp = FakeXP(folder, cfg={"optim": {"lr": 0.1, "betas": [0.9, 0.99]}, "workers": 1} | cfg)
+    return solver
+
+
+def test_another_config_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    guarded(tmp_path).run()
+    assert guarded(tmp_path).restore()
+    assert "config" not in caplog.text
+    assert guarded(tmp_path, workers=2).restore()
+    assert "workers: 1 -> 2" in caplog.text
+    changed = {"optim": {"lr": 0.2, "betas": [0.9, 0.99]}, "new": 3}
+    solver = guarded(tmp_path, **changed)
+    before = solver.state_dict()["model"]["0.weight"].clone()
+    with pytest.raises(ValueError, match=r"new: absent -> 3; optim\.lr: 0\.1 -> 0\.2\. .*=1"):
+        solver.restore()
+    assert torch.equal(solver.state_dict()["model"]["0.weight"], before)
+    assert guarded(tmp_path, **changed).restore(read_only=True)
+    assert guarded(tmp_path, **changed).restore(strict=False)
+    monkeypatch.setenv("ALLOW_CONFIG_CHANGE", "1")
+    assert guarded(tmp_path, **changed).restore()
+    assert "optim.lr: 0.1 -> 0.2" in caplog.text
+
+
+class Kept(Solver):
+    def __init__(self, folder: Path, width: int = 8) -> None:
+        super().__init__(folder, epochs=2, width=width)
+        self.best = Best({"model": self.model})
+        self.ema = EMA({"model": self.model}, 0.5)
+        self.register_stateful("best", "ema")
+
+    def train(self) -> dict[str, Any]:
+        metrics = super().train()
+        self.ema.update()
+        self.best.update(self.epoch)  # the first epoch is the best
+        return metrics
+
+
+def test_a_run_continues_from_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = Kept(tmp_path / "xps" / "old")
+    old.run()
+    latest = old.model[0].weight
+    best, ema = (s["model"]["0.weight"] for s in (old.best.states, old.ema.states))
+    assert not torch.equal(latest, best)
+    assert not torch.equal(latest, ema)
+    for version, expected in {"latest": latest, "best": best, "ema": ema}.items():
+        for source in ("old", old.folder, old.checkpoint_path):
+            new = Kept(tmp_path / "xps" / "new")
+            new.continue_from(source, version=version)
+            assert torch.equal(new.model[0].weight, expected)
+            assert new.epoch == 1
+            assert not new.optim.state_dict()["state"]
+    new.continue_from("old", ["model", "optim"])
+    assert new.optim.state_dict()["state"]
+    with pytest.raises(FileNotFoundError, match=r"from nothing: no nothing nor .*nothing"):
+        new.continue_from("nothing")
+    with pytest.raises(ValueError, match="it has no ema optim"):
+        new.continue_from("old", ["optim"], version="ema")
+    wider = Kept(tmp_path / "xps" / "wider", width=9)
+    with pytest.raises(
+        RuntimeError, match=r"model\.0\.weight: \(8, 4\) in the checkpoint, \(9, 4\)"
+    ):
+        wider.continue_from("old")
+    wider.continue_from("old", strict=False)
+    assert "Skipped" in caplog.text
+
+
+def test_lost_epochs_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Solver(tmp_path, epochs=3).run()
+    (tmp_path / "checkpoint.th").write_bytes(b"")
+    solver = Solver(tmp_path)
+    assert solver.restore()
+    assert "Going on from epoch 3: 1 lost" in caplog.text
+    assert len(json.loads((tmp_path / "history.json").read_text())) == 2
 
 
 def test_unknown_tracker_and_missing_run(tmp_path: Path) -> None:

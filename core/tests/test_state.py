@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import io
-import os
 import random
 import weakref
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from .. import checkpoint
-from ..state import AttributeWrapper, RNGState, StateManager, WriteOnlyWrapper, plain
+from ..state import EMA, AttributeWrapper, Best, RNGState, StateManager, WriteOnlyWrapper, plain
 
 
 class Owner:
     def __init__(self) -> None:
-        self.model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        self.model: Any = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         self.optim = torch.optim.Adam(self.model.parameters())
         self.items = [1, 2]
         self.best: dict[str, Any] = {"a": 1}
@@ -84,13 +83,102 @@ def test_mistakes_are_named() -> None:
 
 def test_strict_names_all_differences_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     owner = Owner()
-    states = manager(owner, "count", "items")
-    with pytest.raises(KeyError, match=r"'items'.*'other'"):
-        states.load_state_dict({"count": 7, "other": 1})
+    states = manager(owner, "model", "count", "items")
+    state = {"count": 7, "other": 1, "model": states.sources["model"].state_dict()}
+    fine = state["model"].pop("0.weight") + 1
+    state["model"] |= {"0.bias": torch.ones(3), "2.bias": torch.ones(2)}
+    state["model"]["1.weight"] = torch.full((2,), 5.0)
+    before = owner.model[1].weight.clone()
+    with pytest.raises(RuntimeError) as error:
+        states.load_state_dict(state)
+    for problem in (
+        "items: missing",
+        "other: unexpected",
+        "model.0.weight: missing",
+        "model.2.bias: unexpected",
+        "model.0.bias: (3,) in the checkpoint, (2,) here",
+    ):
+        assert problem in str(error.value)
     assert owner.count == 3
-    states.load_state_dict({"count": 7, "other": 1}, strict=False)
+    assert torch.equal(owner.model[1].weight, before)
+    states.load_state_dict(state, strict=False)
     assert owner.count == 7
-    assert "other" in caplog.text
+    assert owner.model[1].weight.tolist() == [5.0, 5.0]
+    assert not torch.equal(owner.model[0].weight, fine)
+    assert "model.2.bias: unexpected" in caplog.text
+
+
+def test_names_do_not_tell_whether_a_module_is_compiled() -> None:
+    owner, other = Owner(), Owner()
+    bare = AttributeWrapper(owner, "model").state_dict()
+    linear: Any = torch.compile(other.model[0])
+    other.model = torch.compile(nn.Sequential(linear, other.model[1]))
+    wrapper = AttributeWrapper(other, "model")
+    compiled = wrapper.state_dict()
+    assert compiled.keys() == bare.keys()
+    assert set(bare._metadata) == set(compiled._metadata) == {"", "0", "1"}
+    assert wrapper.reconcile(bare)[1] == []
+    wrapper.load_state_dict(bare)
+    assert torch.equal(linear.weight, owner.model[0].weight)
+    AttributeWrapper(owner, "model").load_state_dict(compiled)
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def test_best_keeps_a_copy_and_lends_it() -> None:
+    owner, other = Owner(), Owner()
+    best = Best({"model": owner.model}, mode="max")
+    assert not best.update(float("nan"))
+    assert best.update(0.5)
+    first = weights(owner.model)
+    with torch.no_grad():
+        owner.model[0].weight += 1
+    assert not best.update(0.5)
+    assert not best.update(float("nan"))
+    second = weights(owner.model)
+    with suppress(KeyError), best.swapped():
+        assert torch.equal(weights(owner.model), first)
+        raise KeyError
+    assert torch.equal(weights(owner.model), second)
+    restored = Best({"model": other.model}, mode="max")
+    with restored.swapped():  # there is none yet: the weights stay
+        pass
+    restored.load_state_dict(through_file(plain(best.state_dict())))
+    assert not restored.update(0.4)
+    with restored.swapped():
+        assert torch.equal(weights(other.model), first)
+    with pytest.raises(ValueError, match="min or max"):
+        Best({}, mode="lowest")
+
+
+def test_averages_of_weights() -> None:
+    model = nn.BatchNorm1d(1).to(torch.bfloat16)
+    ema = EMA({"model": model}, decay=0.9)
+    address = ema.states["model"]["weight"].data_ptr()
+    for step in range(1, 4):
+        with torch.no_grad():
+            model.weight.fill_(1 + step)
+        assert model.num_batches_tracked is not None
+        model.num_batches_tracked += 1
+        ema.update()
+    expected = 1.0
+    for step in range(1, 4):
+        expected = 0.9 * expected + 0.1 * (1 + step)
+    assert ema.states["model"]["weight"].item() == pytest.approx(expected, rel=1e-6)
+    assert ema.states["model"]["num_batches_tracked"].item() == 3
+    with suppress(KeyError), ema.swapped():
+        assert model.weight.item() == pytest.approx(expected, rel=1e-2)
+        raise KeyError
+    assert model.weight.item() == 4
+    state = through_file(plain(ema.state_dict()))
+    ema.states["model"]["weight"].zero_()
+    ema.load_state_dict(state)
+    assert ema.states["model"]["weight"].item() == pytest.approx(expected)
+    assert ema.states["model"]["weight"].data_ptr() == address
+    with pytest.raises(ValueError, match="below 1"):
+        EMA({}, decay=1)
 
 
 def test_write_only_is_saved_and_never_loaded() -> None:
@@ -148,53 +236,3 @@ def test_generators_are_restored_exactly() -> None:
     assert draw() == first
     RNGState().load_state_dict(state)
     assert draw() == first
-
-
-def test_checkpoints_come_back_and_the_previous_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.th"
-    assert checkpoint.load(path) is None
-    for epoch in range(3):
-        checkpoint.save({"epoch": epoch, "x": torch.ones(4)}, path)
-    state = checkpoint.load(path)
-    assert state is not None
-    assert state["epoch"] == 2
-    assert checkpoint.read(checkpoint.previous_path(path))["epoch"] == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.previous.th", "checkpoint.th"]
-
-
-def damage(path: Path, how: str) -> None:
-    data = bytearray(path.read_bytes())
-    data[data.index(b"\x00\x00\x80?" * 8)] ^= 1  # a bit of a weight
-    whole = path.read_bytes()
-    broken = {"truncated": whole[: len(whole) // 2], "empty": b"", "foreign": b"hi"}
-    path.write_bytes(broken.get(how, bytes(data)))
-
-
-@pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "foreign"])
-def test_damage_is_noticed(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "checkpoint.th"
-    for epoch in range(2):
-        checkpoint.save({"epoch": epoch, "x": torch.ones(64)}, path)
-    damage(path, how)
-    state = checkpoint.load(path)
-    assert state is not None
-    assert state["epoch"] == 0
-    assert str(path) in caplog.text
-    damage(checkpoint.previous_path(path), how)
-    before = path.read_bytes()
-    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint\.previous"):
-        checkpoint.load(path)
-    assert path.read_bytes() == before
-
-
-class Evil:
-    def __reduce__(self) -> Any:
-        return os.mkdir, ("evil",)
-
-
-def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"x": Evil()}, "checkpoint.th")
-    with pytest.raises(checkpoint.CheckpointError):
-        checkpoint.load(tmp_path / "checkpoint.th")
-    assert not (tmp_path / "evil").exists()
