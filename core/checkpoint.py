@@ -30,7 +30,7 @@ class CheckpointError(RuntimeError):
     """There is a checkpoint, but none that can be used."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Policy:
     """Which checkpoints stay on disk, and how they get there.
 
@@ -51,6 +51,11 @@ class Policy:
     def __post_init__(self) -> None:
         if self.last < 1 or self.every < 0 or self.mode not in ("min", "max"):
             raise ValueError(f"checkpoints: last >= 1, every >= 0, mode min or max; not {self}")
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> Policy:
+        """The policy of a config with these keys; a wrong value is refused."""
+        return cls(**cfg)
 
     def best_epoch(self, epochs: Sequence[int], history: Sequence[dict[str, Any]]) -> int | None:
         """The best of some epochs, the earliest of equals; None if the metric is never a number."""

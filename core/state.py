@@ -314,7 +314,7 @@ class EMA:
 
     Args:
         modules: to average, by name.
-        decay: weight of the past at each update.
+        decay: weight of the past at each update; with 0 the averages are the weights.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], decay: float = 0.999) -> None:
@@ -340,6 +340,13 @@ class EMA:
                 averages.append(average)
                 values.append(value)
                 self.states[name][key] = average
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start anew from the weights as they are, such as after `continue_from`."""
+        for averages, values in (self._averages, self._copies):
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -176,6 +176,8 @@ def test_averages_of_weights() -> None:
     ema.states["model"]["weight"].zero_()
     ema.load_state_dict(state)
     assert ema.states["model"]["weight"].item() == pytest.approx(expected)
+    ema.reset()
+    assert ema.states["model"]["weight"].item() == 4
     assert ema.states["model"]["weight"].data_ptr() == address
     with pytest.raises(ValueError, match="below 1"):
         EMA({}, decay=1)

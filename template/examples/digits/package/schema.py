@@ -6,6 +6,8 @@ A key on the command line that is not here, or of another type, is refused befor
 from dataclasses import dataclass
 from typing import Any
 
+from .core.checkpoint import Policy
+
 
 @dataclass
 class DataConfig:
@@ -27,6 +29,7 @@ class OptimConfig:
     cosine: bool
     clip: float
     bf16: bool
+    ema: float
 
 
 @dataclass
@@ -36,7 +39,10 @@ class Config:
     device: str
     log_updates: int
     trackers: list[str]
+    continue_from: str | None
+    continue_with: str
     data: DataConfig
     model: ModelConfig
     optim: OptimConfig
+    checkpoint: Policy
     dora: dict[str, Any]

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .core import BaseSolver, Formatter, averager, distrib
+from .core.checkpoint import Policy
 from .core.loader import loader, split_batch
+from .core.state import EMA, Best
 from .core.utils import make_grid
 from .core.xp import XP
 from .data import CLASSES, load_digits
@@ -43,12 +45,18 @@ class Solver(BaseSolver):
             self.optim, warmup_cosine(cfg.optim.warmup, updates, cfg.optim.cosine)
         )
 
-        self.register_stateful("model", "optim", "schedule")
+        self.ema = EMA({"model": self.model}, cfg.optim.ema)
+        self.best = Best({"model": self.model}, mode="max")
+
+        self.register_stateful("model", "optim", "schedule", "ema", "best")
+        self.checkpoints = Policy.from_config(cfg.checkpoint)
         self.init_trackers(cfg.trackers, project=__package__)
 
     def run(self) -> None:
         """Train until all epochs are committed, from wherever the run stands."""
-        self.restore()
+        if not self.restore() and self.cfg.continue_from:
+            self.continue_from(self.cfg.continue_from, version=self.cfg.continue_with)
+            self.ema.reset()
         if self.epoch > self.cfg.epochs:
             self.logger.info("Run %s is complete, nothing to do: %s", self.xp.sig, self.folder)
             return
@@ -68,8 +76,10 @@ class Solver(BaseSolver):
     def valid(self) -> dict[str, float]:
         """Validation, and a look at what is hard."""
         self.model.eval()
-        metrics = self.loop(self.valid_loader)
-        self.log_hardest()
+        with self.ema.swapped():
+            metrics = self.loop(self.valid_loader)
+            self.best.update(metrics["acc"])
+            self.log_hardest()
         return metrics
 
     def loop(self, loader: DataLoader[Any]) -> dict[str, float]:
@@ -103,6 +113,7 @@ class Solver(BaseSolver):
         [lr] = self.schedule.get_last_lr()
         self.optim.step()
         self.schedule.step()
+        self.ema.update()
         return {"grad_norm": grad_norm, "lr": lr}
 
     def log_hardest(self, count: int = 16) -> None:

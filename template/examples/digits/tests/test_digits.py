@@ -48,6 +48,21 @@ def test_digits_are_learned_in_a_few_epochs(tmp_path: Path) -> None:
     assert (tmp_path / "outputs" / "valid_4" / "hardest.png").exists()
 
 
+def test_best_and_averaged_weights_are_kept(tmp_path: Path) -> None:
+    overrides = ["optim.ema=0.9", "checkpoint.best=valid.loss", "checkpoint.last=1"]
+    cfg = main.get_xp(["epochs=3", "device=cpu", "trackers=[]", *overrides]).cfg
+    solver = Solver(cfg, FolderXP(tmp_path))
+    solver.run()
+    assert solver.best.value == max(epoch["valid"]["acc"] for epoch in solver.history)
+    solver.model.eval()
+    with solver.best.swapped():
+        again = solver.run_stage("best", solver.loop, solver.valid_loader)
+    assert again["acc"] == solver.best.value
+    losses = [epoch["valid"]["loss"] for epoch in solver.history]
+    expected = {3, losses.index(min(losses)) + 1} - {3}
+    assert len(list(tmp_path.glob("checkpoint.*.th"))) == len(expected)
+
+
 def test_bfloat16_trains(tmp_path: Path) -> None:
     cfg = main.get_xp(["epochs=1", "device=cpu", "trackers=[]", "optim.bf16=true"]).cfg
     solver = Solver(cfg, FolderXP(tmp_path))
