@@ -1,4 +1,4 @@
-"""Every command that a developer or CI runs: `nox`, or `nox -s demo|lint|tests|matrix`."""
+"""Every command that a developer or CI runs: `nox`, or `nox -s demo|lint|tests|matrix|faults`."""
 
 import itertools
 import json
@@ -86,6 +86,15 @@ def tests(session: nox.Session) -> None:
     """Test the core and the template; arguments go to pytest."""
     install(session, *RUNTIME, "cookiecutter", "pytest", "pytest-timeout")
     session.run("python", "-m", "pytest", *(session.posargs or []), env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Break 200 real runs (or as many as said), start them again, and tell what was lost."""
+    install(session, *RUNTIME, "cookiecutter")
+    with tempfile.TemporaryDirectory() as folder:
+        project = render(session, Path(folder))
+        session.run("python", "-m", "tests.faults", str(project), *session.posargs)
 
 
 @nox.session

@@ -134,7 +134,10 @@ def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy) -> Non
     if policy.every:
         wanted |= {e for e in files if e % policy.every == 0}
     if policy.best:
-        wanted |= {policy.best_epoch([e for e in (*files, latest) if 0 < e <= latest], history)}
+        best = policy.best_epoch([e for e in (*files, latest) if 0 < e <= latest], history)
+        if best is None:
+            logger.warning("The best checkpoint is not kept: no epoch has %s", policy.best)
+        wanted.add(best)
     for epoch, file in files.items():
         if epoch not in wanted:
             file.unlink()

@@ -26,33 +26,46 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def clean_environment(folder: Path) -> dict[str, str]:
     """An environment in which nothing of the user's is read or written."""
-    home = tmp_path / "home"
-    temporary = tmp_path / "tmp"
+    home = folder / "home"
+    temporary = folder / "tmp"
     home.mkdir()
     temporary.mkdir()
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "COOKIECUTTER"))}
     return keep | {"HOME": str(home), "TMPDIR": str(temporary), "GIT_CONFIG_NOSYSTEM": "1"}
 
 
+def cookiecutter(
+    source: str | Path, folder: Path, environment: dict[str, str], *options: str, **answers: str
+) -> subprocess.CompletedProcess[str]:
+    """Render into a folder, which is made, with these answers."""
+    folder.mkdir(exist_ok=True)
+    given = [f"{name}={value}" for name, value in answers.items()]
+    return subprocess.run(
+        [sys.executable, "-m", "cookiecutter", str(source), "--no-input", *options, *given],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A clean environment of the test's own."""
+    return clean_environment(tmp_path)
+
+
 @pytest.fixture
 def render(template: Path, environment: dict[str, str], tmp_path: Path) -> Render:
     """Run cookiecutter into `tmp_path / "out"` with these answers."""
-    (tmp_path / "out").mkdir()
 
     def run(
         *options: str, source: str | Path = template, **answers: str
     ) -> subprocess.CompletedProcess[str]:
-        given = [f"{name}={value}" for name, value in answers.items()]
-        return subprocess.run(
-            [sys.executable, "-m", "cookiecutter", str(source), "--no-input", *options, *given],
-            cwd=tmp_path / "out",
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        return cookiecutter(source, tmp_path / "out", environment, *options, **answers)
 
+    (tmp_path / "out").mkdir()
     return run

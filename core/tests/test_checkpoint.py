@@ -174,6 +174,15 @@ def test_what_is_kept(policy: Policy, kept: list[int], path: Path) -> None:
         assert checkpoint.read(file)["epoch"] == epoch
 
 
+def test_a_best_metric_that_nobody_logs_is_said(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint.save({}, path, history(1.0), Policy(best="valid.loss"))
+    assert not caplog.messages
+    checkpoint.save({}, path, history(1.0, 2.0), Policy(best="valid.los"))
+    assert "no epoch has valid.los" in caplog.text
+
+
 @pytest.mark.parametrize("wrong", [{"last": 0}, {"every": -1}, {"mode": "low"}])
 def test_a_wrong_policy_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="mode min or max"):

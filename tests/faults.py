@@ -1,0 +1,384 @@
+"""Break real runs of a rendered project, start them again, and see what is lost.
+
+`python -m tests.faults PROJECT [trials]` prints a table; `nox -s faults` renders a project first. A
+run counts as recovered if its last checkpoint is bitwise that of a run that nothing befell.
+"""
+
+import ctypes
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Shuffling and dropout are in the digits; this adds random numbers that are drawn in workers.
+AUGMENTATION = '''
+
+class Jittered(torch.utils.data.Dataset):  # type: ignore
+    """Adds noise from every generator there is."""
+
+    def __init__(self, data):  # type: ignore
+        self.data = data
+
+    def __len__(self):  # type: ignore
+        return len(self.data)
+
+    def __getitem__(self, index):  # type: ignore
+        import random
+
+        import numpy
+
+        image, label = self.data[index]
+        return image + torch.rand(1) * random.random() * numpy.random.rand(), label
+
+
+plain_digits = load_digits
+
+
+def load_digits():  # type: ignore
+    train, valid = plain_digits()
+    return Jittered(train), valid
+'''
+
+EPOCHS = 6
+CONFIG = [
+    f"epochs={EPOCHS}",
+    "device=cpu",
+    "trackers=[]",
+    "data.batch_size=240",
+    "data.num_workers=1",
+    "model.channels=48",
+    "optim.ema=0.9",
+]
+OUTCOMES = ["recovered exactly", "recovered with a warning", "refused clearly", "lost silently"]
+
+
+def no_preparation() -> None:
+    """Nothing to do in the child before it starts."""
+
+
+@dataclass
+class Run:
+    """One run of the project, in a folder of outputs of its own."""
+
+    project: Path
+    outputs: Path
+    ranks: int = 1
+
+    @property
+    def folder(self) -> Path:
+        [found] = (self.outputs / "xps").iterdir()
+        return found
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.th"
+
+    def start(self, prepare: Callable[[], None] = no_preparation) -> "subprocess.Popen[str]":
+        env = os.environ | {"MY_RESEARCH_DIR": str(self.outputs), "OMP_NUM_THREADS": "1"}
+        env |= {"PYTHONPATH": str(self.project)}
+        distributed = ["-d", f"--ddp_workers={self.ranks}"] if self.ranks > 1 else []
+        return subprocess.Popen(
+            [sys.executable, "-m", "dora", "-P", "my_research", "run", *distributed, *CONFIG],
+            cwd=self.project,
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=prepare,
+        )
+
+    def finish(self, prepare: Callable[[], None] = no_preparation) -> tuple[int, str]:
+        process = self.start(prepare)
+        _, said = process.communicate(timeout=180)
+        return process.returncode, said
+
+    def started(self, process: "subprocess.Popen[str]", times: int) -> bool:
+        """Wait until training has begun for the so-many-th time; False if the process ended."""
+        while process.poll() is None:
+            logs = list(self.outputs.glob("xps/*/solver.log.0"))
+            if logs and logs[0].read_text().count(" starts with epoch ") >= times:
+                return True
+            time.sleep(0.002)
+        return False
+
+    def interrupt(self, epochs: int = 3) -> None:
+        """Train, and kill when so many epochs are committed."""
+        process = self.start()
+        while process.poll() is None and self.committed() < epochs:
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+
+    def committed(self) -> int:
+        """Number of epochs in the published history."""
+        histories = list(self.outputs.glob("xps/*/history.json"))
+        return len(json.loads(histories[0].read_text())) if histories else 0
+
+    def check_history(self) -> None:
+        """A history must never tell of an epoch that is not safe."""
+        published = self.committed()
+        if published:
+            safe = len(load(self.checkpoint)["history"])
+            assert published <= safe, f"{published} published, {safe} safe"
+
+
+def load(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    return state
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bitwise the same, durations aside."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        keys = one.keys() - {"duration", "xp.cfg"}
+        return keys == other.keys() - {"duration", "xp.cfg"} and all(
+            same(one[k], other[k]) for k in keys
+        )
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+# ---------------------------------------------------------------------------------------- faults
+# Each leaves a run behind that is broken in some way, and may return what mends it afterwards.
+
+Mend = Callable[[], None]
+
+
+def kills_at_random(run: Run, rng: random.Random, signal_: int = signal.SIGKILL) -> None:
+    for times in range(1, rng.randint(2, 4)):
+        process = run.start()
+        if run.started(process, times):
+            time.sleep(rng.uniform(0, 1.2))
+        process.send_signal(signal_)
+        process.communicate()
+        run.check_history()
+
+
+def terminated_at_random(run: Run, rng: random.Random) -> None:
+    kills_at_random(run, rng, signal.SIGTERM)
+
+
+def interrupted_at_random(run: Run, rng: random.Random) -> None:
+    kills_at_random(run, rng, signal.SIGINT)
+
+
+def killed_inside_the_write(run: Run, rng: random.Random) -> None:
+    process = run.start()
+    skip = rng.randint(0, EPOCHS - 1)
+    while process.poll() is None:
+        if run.committed() >= skip and list(run.outputs.glob("xps/*/*.tmp")):
+            time.sleep(rng.choice([0, rng.uniform(0, 0.02)]))
+            break
+    process.kill()
+    process.communicate()
+    run.check_history()
+
+
+def one_of_two_ranks_killed(run: Run, rng: random.Random) -> None:
+    run.ranks = 2
+    process = run.start()
+    if run.started(process, 1):
+        time.sleep(rng.uniform(0, 1.5))
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    children = listed.read_text().split() if process.poll() is None else []
+    if children:
+        os.kill(int(rng.choice(children)), signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 or not children, said
+    run.check_history()
+
+
+def bit_flipped(run: Run, rng: random.Random) -> None:
+    run.interrupt()
+    data = bytearray(run.checkpoint.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    run.checkpoint.write_bytes(data)
+
+
+def truncated(run: Run, rng: random.Random) -> None:
+    run.interrupt()
+    with run.checkpoint.open("r+b") as file:
+        file.truncate(rng.randrange(run.checkpoint.stat().st_size))
+
+
+def all_damaged(run: Run, rng: random.Random) -> Mend:
+    run.interrupt()
+    copies = {path: path.read_bytes() for path in run.folder.glob("checkpoint*.th")}
+    for path, data in copies.items():
+        path.write_bytes(data[: rng.randrange(len(data))])
+
+    def mend() -> None:
+        for path, data in copies.items():
+            assert path.stat().st_size < len(data), "a damaged file was overwritten"
+            path.write_bytes(data)
+
+    return mend
+
+
+def disk_full(run: Run, rng: random.Random) -> None:
+    limit = rng.randrange(50_000, 2_000_000)
+
+    def prepare() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    code, said = run.finish(prepare)
+    assert code != 0, "nobody noticed the full disk"
+    assert "checkpoint.th" in said, said
+
+
+def folder_read_only(run: Run, rng: random.Random) -> Mend:
+    run.interrupt(rng.randint(1, 4))
+    run.folder.chmod(0o555)
+
+    def mend() -> None:
+        run.folder.chmod(0o755)
+
+    return mend
+
+
+class Evil:
+    """Its pickle makes a folder when it is loaded without care."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def malicious_pickle(run: Run, rng: random.Random) -> None:
+    run.interrupt()
+    evil = Evil(run.outputs / "evil")
+    run.checkpoint.unlink()
+    torch.save({"checkpoint": {"format": 1}, "model": evil}, run.checkpoint)
+
+
+def history_removed(run: Run, rng: random.Random) -> None:
+    run.interrupt(rng.randint(1, 4))
+    (run.folder / "history.json").unlink()
+
+
+def checkpoint_removed(run: Run, rng: random.Random) -> None:
+    run.interrupt()
+    run.checkpoint.unlink()
+
+
+Fault = Callable[[Run, random.Random], Mend | None]
+
+EXACT, WARNED, REFUSED, LOST = OUTCOMES
+
+# What may become of a run. Some bits of a file are padding, and flipping them harms nobody.
+FAULTS: dict[Fault, set[str]] = {
+    kills_at_random: {EXACT},
+    killed_inside_the_write: {EXACT},
+    one_of_two_ranks_killed: {EXACT},
+    terminated_at_random: {EXACT},
+    interrupted_at_random: {EXACT},
+    bit_flipped: {WARNED, EXACT},
+    truncated: {WARNED},
+    all_damaged: {REFUSED},
+    disk_full: {EXACT},
+    folder_read_only: {REFUSED},
+    malicious_pickle: {WARNED},
+    history_removed: {EXACT},
+    checkpoint_removed: {WARNED},
+}
+
+
+# -------------------------------------------------------------------------------------- campaign
+
+
+def drop_privilege() -> None:
+    """Let file modes hold for root as well, as they do for everybody else."""
+    if os.getuid() == 0:
+        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
+
+@dataclass
+class Campaign:
+    """Faults on runs of one project, with what became of them."""
+
+    project: Path
+    work: Path
+    seed: int = 0
+    references: dict[int, dict[str, Any]] = field(default_factory=dict)
+    table: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def reference(self, ranks: int) -> dict[str, Any]:
+        """The last checkpoint of a run that nothing befalls."""
+        if ranks not in self.references:
+            run = Run(self.project, self.work / f"reference-{ranks}", ranks)
+            code, said = run.finish()
+            assert code == 0, said
+            self.references[ranks] = load(run.checkpoint)
+        return self.references[ranks]
+
+    def attempt(self, fault: Fault) -> str:
+        """Break a run, start it again, and return what became of it."""
+        name = fault.__name__
+        number = sum(count for (tried, _), count in self.table.items() if tried == name)
+        run = Run(self.project, self.work / f"{name}-{number}")
+        mend = fault(run, random.Random(f"{self.seed} {name} {number}"))
+        code, said = run.finish(drop_privilege)
+        outcome = WARNED if "[WARNING]" in said else EXACT
+        if code != 0:
+            clear = "Error: " in said and str(run.folder) in said
+            outcome = REFUSED if clear and mend else LOST
+        if mend:
+            mend()
+            if code != 0:
+                code, said = run.finish()
+        whole = code == 0 and run.committed() == EPOCHS
+        whole = whole and same(load(run.checkpoint), self.reference(run.ranks))
+        left = list(run.folder.rglob("*.tmp*")) + list(run.outputs.glob("evil"))
+        if not whole or left:
+            outcome = LOST
+            print(f"{name} {number}: code {code}, left {left}, see {run.folder}\n{said}")
+        else:
+            shutil.rmtree(run.outputs)
+        self.table[name, outcome] += 1
+        return outcome
+
+    def report(self) -> str:
+        """The table: faults by outcome."""
+        lines = [f"{'fault':26}{'tried':>7}" + "".join(f"{o:>26}" for o in OUTCOMES)]
+        for name in dict.fromkeys(name for name, _ in self.table):
+            counts = [self.table[name, outcome] for outcome in OUTCOMES]
+            lines.append(f"{name:26}{sum(counts):7}" + "".join(f"{c:26}" for c in counts))
+        return "\n".join(lines)
+
+
+def augment(project: Path) -> None:
+    """Give a rendered digits project random numbers in the workers of its loader."""
+    with (project / "my_research" / "data.py").open("a") as file:
+        file.write(AUGMENTATION)
+
+
+def main(project: str, trials: str = "200") -> None:
+    """Go through the faults again and again, until so many were tried."""
+    augment(Path(project))
+    campaign = Campaign(Path(project), Path(project).parent / "runs")
+    for number, fault in zip(range(int(trials)), itertools.cycle(FAULTS)):
+        print(f"{number + 1} of {trials}: {fault.__name__}: {campaign.attempt(fault)}", flush=True)
+    print(campaign.report())
+    sys.exit(any(outcome == LOST for _, outcome in campaign.table))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
