@@ -1,86 +1,69 @@
-"""Training on several processes: the process group, collectives, gradient synchronisation.
+"""Training on several processes: collectives, and the synchronisation of models and gradients.
 
 Every function here also works in a single process, where it does nothing. Collectives must be
-called by all ranks, in the same order.
+called by all ranks, in the same order; ranks that do not are told so within seconds.
 """
 
 from __future__ import annotations
 
-import atexit
 import functools
-import importlib
-import logging
-import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .xp import rendezvous_file
+from .process_group import (
+    device,
+    init,
+    is_distributed,
+    is_rank_zero,
+    meet,
+    rank,
+    wait,
+    world_size,
+)
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "all_reduce",
+    "average_metrics",
+    "average_tensors",
+    "barrier",
+    "broadcast_model",
+    "broadcast_object",
+    "broadcast_tensors",
+    "device",
+    "eager_sync_gradients",
+    "eager_sync_model",
+    "gather_objects",
+    "init",
+    "is_distributed",
+    "is_rank_zero",
+    "loader",
+    "rank",
+    "rank_zero_only",
+    "sync_gradients",
+    "sync_model",
+    "world_size",
+    "wrap",
+]
 
 T = TypeVar("T")
 
 # Data loading sits a floor above; `core/__init__.py` hangs it here for those who look for it here.
 loader: Callable[..., Any]
 
-# A collective has a fixed cost, so small tensors travel together; copying has a cost as well, so
-# large ones need not wait for company.
-BUCKET_BYTES = 4 * 2**20
+# A collective has a fixed cost, so small tensors travel together, as in DDP; copying has a cost as
+# well, so large ones travel alone, as they are. See `bench/sync.py`.
+BUCKET_BYTES = 25 * 2**20
+ALONE_BYTES = 4 * 2**20
 
 
-# ------------------------------------------------------------------------------------ who am I
-
-
-class Place(NamedTuple):
-    """Where this process stands among all processes of the run, and on its machine."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-
-def _place() -> Place:
-    """Read our place from what started us: Dora, torchrun or a script (environment), Slurm."""
-    env = os.environ
-    if "WORLD_SIZE" in env:
-        rank, world = int(env.get("RANK", 0)), int(env["WORLD_SIZE"])
-        local_rank = int(env.get("LOCAL_RANK", rank))
-        return Place(rank, world, local_rank, int(env.get("LOCAL_WORLD_SIZE", world)))
-    if "SUBMITIT_EXECUTOR" in env:
-        from submitit import JobEnvironment
-
-        job = JobEnvironment()
-        tasks_here = job.num_tasks // job.num_nodes
-        return Place(job.global_rank, job.num_tasks, job.local_rank, tasks_here)
-    return Place(0, 1, 0, 1)
-
-
-def is_distributed() -> bool:
-    """Is this one of several processes of a run?"""
-    return world_size() > 1
-
-
-def rank() -> int:
-    """Index of this process; right also before `init`."""
-    return dist.get_rank() if _initialized() else _place().rank
-
-
-def world_size() -> int:
-    """Number of processes; right also before `init`."""
-    return dist.get_world_size() if _initialized() else _place().world_size
-
-
-def is_rank_zero() -> bool:
-    """Is this the process that writes files and speaks to the user?"""
-    return rank() == 0
+# --------------------------------------------------------------------------------- collectives
 
 
 def rank_zero_only(function: Callable[..., T]) -> Callable[..., T | None]:
@@ -93,101 +76,23 @@ def rank_zero_only(function: Callable[..., T]) -> Callable[..., T | None]:
     return wrapped
 
 
-def _initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-# --------------------------------------------------------------------------------------- start
-
-
-def init(backend: str | None = None, timeout: float = 1800.0) -> None:
-    """Join the process group, if this process was started as one of several.
-
-    Args:
-        backend: defaults to nccl where CUDA is available, and gloo elsewhere.
-        timeout: seconds after which a collective that misses a rank fails.
-    """
-    place = _place()
-    if _initialized() or place.world_size == 1:
-        return
-    cuda = torch.cuda.is_available()
-    if backend == "nccl" and not cuda:
-        raise RuntimeError("backend nccl needs CUDA, which is not available: use gloo")
-    if cuda:
-        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
-    elif "OMP_NUM_THREADS" not in os.environ:
-        # Processes that each take all cores slow one another down manyfold.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
-    # Its functions have the process group of the moment of their import as a default argument.
-    # Were that ours, it would outlive `_leave`, and its threads might crash the end of Python.
-    importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group(
-        backend or ("nccl" if cuda else "gloo"),
-        init_method=_rendezvous(place),
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=timedelta(seconds=timeout),
-    )
-    atexit.register(_leave)
-    logger.info("Process group: rank %d of %d, %s", rank(), world_size(), dist.get_backend())
-
-
-def _rendezvous(place: Place) -> str:
-    """Where the ranks meet: at a given address, at Slurm's first node, or at a file of the run."""
-    if "MASTER_PORT" in os.environ:
-        return "env://"
-    if "SLURM_JOB_NODELIST" in os.environ and "SUBMITIT_EXECUTOR" in os.environ:
-        from submitit.helpers import TorchDistributedEnvironment
-
-        job = TorchDistributedEnvironment()
-        return f"tcp://{os.environ.get('MASTER_ADDR', job.master_addr)}:{job.master_port}"
-    if (meeting := rendezvous_file()) is not None:
-        return f"file://{meeting}"
-    raise RuntimeError(
-        f"rank {place.rank} of {place.world_size} does not know where to meet the others: "
-        "set MASTER_ADDR and MASTER_PORT, or start with `dora run -d` or torchrun"
-    )
-
-
-def _leave() -> None:
-    if _initialized():
-        dist.destroy_process_group()
-
-
-def device(name: str = "auto") -> torch.device:
-    """Return this process's device.
-
-    Args:
-        name: `auto` (CUDA, else Apple's MPS, else CPU), or a device name such as `cuda` or `cpu`.
-    """
-    if name == "auto":
-        accelerated = torch.backends.mps.is_available() and not is_distributed()
-        name = "cuda" if torch.cuda.is_available() else "mps" if accelerated else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise RuntimeError("device=cuda: CUDA is not available here; use device=cpu or auto")
-        return torch.device("cuda", _place().local_rank % torch.cuda.device_count())
-    return torch.device(name)
-
-
-# --------------------------------------------------------------------------------- collectives
-
-
 def barrier() -> None:
     """Wait until all ranks are here."""
-    if is_distributed():
-        dist.barrier()
+    meet("barrier")
 
 
-def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> Any:
+def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> None:
     """Reduce a tensor over ranks, in place."""
-    return dist.all_reduce(tensor, op) if is_distributed() else None
+    if is_distributed():
+        work = dist.all_reduce(tensor, op, async_op=True)
+        _finish(work, tensor, f"all_reduce of {_describe(tensor)}")
 
 
 def gather_objects(obj: T) -> list[T]:
     """Return the objects of all ranks, by rank. They travel pickled: keep them small."""
     if not is_distributed():
         return [obj]
+    meet("gather_objects")
     objects: list[Any] = [None] * world_size()
     dist.all_gather_object(objects, obj)
     return objects
@@ -197,6 +102,7 @@ def broadcast_object(obj: T, src: int = 0) -> T:
     """Return the object of rank `src` on all ranks; what other ranks pass is ignored."""
     if not is_distributed():
         return obj
+    meet(f"broadcast_object from rank {src}")
     box = [obj]
     dist.broadcast_object_list(box, src)
     return obj if rank() == src else box[0]
@@ -229,7 +135,7 @@ def average_tensors(tensors: Iterable[torch.Tensor]) -> None:
     if not is_distributed():
         return
     averaged = [t for t in tensors if t.is_floating_point() or t.is_complex()]
-    _check_alike(averaged, "average_tensors")
+    meet("average_tensors", [_describe(t) for t in averaged])
     for bucket in _buckets(averaged):
         flat = torch.cat([t.detach().reshape(-1) for t in bucket]).div_(world_size())
         all_reduce(flat)
@@ -241,7 +147,7 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], src: int = 0) -> None:
     if not is_distributed():
         return
     tensors = list(tensors)
-    _check_alike(tensors, "broadcast_tensors")
+    meet(f"broadcast_tensors from rank {src}", [_describe(t) for t in tensors])
     for bucket in _buckets(tensors):
         flat = torch.cat([t.detach().reshape(-1) for t in bucket])
         dist.broadcast(flat, src)
@@ -253,29 +159,18 @@ def broadcast_model(model: nn.Module, src: int = 0) -> None:
     broadcast_tensors([*model.parameters(), *model.buffers()], src)
 
 
-def _check_alike(tensors: Sequence[torch.Tensor], what: str) -> None:
-    """Refuse tensors that differ between ranks: a collective would hang, or mix them up.
-
-    Ranks with no tensor at all take part too, so the check itself can't hang.
-    """
-    described = ";".join(f"{tuple(t.shape)}{t.dtype}" for t in tensors)
-    mine = [len(tensors), zlib.crc32(described.encode())]
-    everyone = _gather_ints(mine)
-    if any(other != mine for other in everyone):
-        counts = ", ".join(f"rank {r}: {count}" for r, (count, _) in enumerate(everyone))
-        raise RuntimeError(
-            f"{what}: ranks disagree on the tensors (number of tensors by rank: {counts}); "
-            "number, order, shapes and dtypes must be the same on all ranks"
-        )
+def _describe(tensor: torch.Tensor) -> str:
+    return (
+        f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
+    )
 
 
-def _gather_ints(values: list[int]) -> list[list[int]]:
-    """Return a list of integers of each rank, all of the same length; cheaper than objects."""
-    where = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    mine = torch.tensor(values, dtype=torch.int64, device=where)
-    all_ranks = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(all_ranks, mine)
-    return [other.tolist() for other in all_ranks]
+def _finish(work: Any, tensor: torch.Tensor, what: str) -> None:
+    """Wait for a collective: the device does on CUDA, this process elsewhere."""
+    if tensor.is_cuda:
+        work.wait()
+    else:
+        wait(work, what)
 
 
 def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -309,19 +204,26 @@ def wrap(model: nn.Module) -> nn.Module:
     )
 
 
-def sync_gradients(params: Iterable[nn.Parameter]) -> None:
+def sync_gradients(params: Iterable[nn.Parameter], owner: nn.Module | None = None) -> None:
     """Average gradients over ranks, after the backward pass.
 
     A parameter without a gradient on some ranks counts as zero there; one without on all ranks
     stays without.
+
+    Args:
+        params: the same on all ranks, in the same order.
+        owner: knows their names, which are then compared as well.
     """
-    with eager_sync_gradients(params):
-        pass
+    if is_distributed():
+        trained = [p for p in params if p.requires_grad]
+        _layout_of(trained, owner).average(trained)
 
 
 @contextmanager
-def eager_sync_gradients(params: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Average gradients over ranks while the backward pass in the body is still computing others.
+def eager_sync_gradients(
+    params: Iterable[nn.Parameter], owner: nn.Module | None = None
+) -> Iterator[None]:
+    """Like `sync_gradients`, but around the backward pass and overlapped with it.
 
     To accumulate gradients, wrap the backward pass of the last micro-batch only.
     """
@@ -329,66 +231,10 @@ def eager_sync_gradients(params: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
         return
     trained = [p for p in params if p.requires_grad]
-    _check_alike(trained, "sync_gradients")
-    # Backward reaches the last parameters first.
-    buckets = [_GradientBucket(bucket) for bucket in _buckets(reversed(trained))]  # type: ignore[arg-type]
-    owner = {param: bucket for bucket in buckets for param in bucket.params}
-
-    def ready(param: nn.Parameter) -> None:
-        owner[param].arrive(param)
-        for bucket in buckets:  # all ranks start the buckets in this order
-            if bucket.missing:
-                return
-            if bucket.work is None:
-                bucket.start()
-
-    hooks = [param.register_post_accumulate_grad_hook(ready) for param in trained]
-    try:
+    layout = _layout_of(trained, owner)
+    with layout.watching(trained):
         yield  # on an exception no rank is waited for
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for bucket in buckets:
-        bucket.finish()
-
-
-class _GradientBucket:
-    """Gradients that travel together, with one element each that tells who has a gradient."""
-
-    def __init__(self, params: list[nn.Parameter]) -> None:
-        self.params = params
-        self.missing = set(params)
-        self.work: Any = None
-
-    def arrive(self, param: nn.Parameter) -> None:
-        """Note that a parameter has its gradient."""
-        if param not in self.missing:
-            raise RuntimeError(
-                "a second backward pass inside eager_sync_gradients: "
-                "wrap the last one only, gradients of earlier ones add up by themselves"
-            )
-        self.missing.discard(param)
-
-    def start(self) -> None:
-        """Send the gradients off; those that are not there count as zero."""
-        flags = [0.0 if p.grad is None else 1.0 for p in self.params]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        parts = [g.reshape(-1) for g in grads] + [grads[0].new_tensor(flags)]
-        # Divided before the sum, which might overflow in half precision.
-        self.flat = torch.cat(parts).div_(world_size())
-        self.work = dist.all_reduce(self.flat, async_op=True)
-
-    def finish(self) -> None:
-        """Wait for the average and put it in place."""
-        if self.work is None:
-            self.start()
-        self.work.wait()
-        *grads, flags = self.flat.split([p.numel() for p in self.params] + [len(self.params)])
-        for param, grad, flag in zip(self.params, grads, flags, strict=True):
-            if param.grad is not None:
-                param.grad.copy_(grad.view_as(param))
-            elif flag != 0:  # waits for the device, where a parameter is unused on this rank
-                param.grad = grad.view_as(param).clone()
+    layout.average(trained)
 
 
 def sync_model(model: nn.Module, sync_buffers: bool = True, average_buffers: bool = True) -> None:
@@ -399,7 +245,7 @@ def sync_model(model: nn.Module, sync_buffers: bool = True, average_buffers: boo
         average_buffers: average floating point buffers over ranks; else take those of rank zero.
             Integer buffers (such as counters) are always those of rank zero.
     """
-    sync_gradients(model.parameters())
+    sync_gradients(model.parameters(), model)
     if sync_buffers:
         _sync_buffers(model, average_buffers)
 
@@ -409,7 +255,7 @@ def eager_sync_model(
     model: nn.Module, sync_buffers: bool = True, average_buffers: bool = True
 ) -> Iterator[None]:
     """Like `sync_model`, but around the backward pass and overlapped with it."""
-    with eager_sync_gradients(model.parameters()):
+    with eager_sync_gradients(model.parameters(), model):
         yield
     if sync_buffers:
         _sync_buffers(model, average_buffers)
@@ -418,6 +264,193 @@ def eager_sync_model(
 def _sync_buffers(model: nn.Module, average: bool) -> None:
     buffers = list(model.buffers())
     averaged = [b for b in buffers if average and (b.is_floating_point() or b.is_complex())]
-    average_tensors(averaged)
     chosen = {id(b) for b in averaged}
-    broadcast_tensors([b for b in buffers if id(b) not in chosen])
+    if averaged:
+        average_tensors(averaged)
+    if copied := [b for b in buffers if id(b) not in chosen]:
+        broadcast_tensors(copied)
+
+
+# Laid out once, by the first parameter; a layout does not keep its parameters alive.
+_layouts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _layout_of(params: list[nn.Parameter], owner: nn.Module | None) -> _Layout:
+    layout: _Layout | None = _layouts.get(params[0]) if params else None
+    if layout is None or not layout.fits(params):
+        if layout is not None:
+            layout.forget()
+        layout = _Layout(params, owner)
+        if params:
+            _layouts[params[0]] = layout
+    return layout
+
+
+class _Layout:
+    """How the gradients of some parameters travel: in which buckets, in which order."""
+
+    def __init__(self, params: list[nn.Parameter], owner: nn.Module | None) -> None:
+        names = {p: n for n, p in owner.named_parameters()} if owner is not None else {}
+        described = [f"{names.get(p, i)}: {_describe(p)}" for i, p in enumerate(params)]
+        meet("sync_gradients for the first time", described)
+        self._params = [weakref.ref(p) for p in params]
+        *early, last = _grouped(params)
+        self._buckets = [_Bucket(params, described, places) for places in early]
+        self._buckets.append(_Bucket(params, described, last, flags=len(params)))
+        self._bucket_of = {i: bucket for bucket in self._buckets[:-1] for i in bucket.places}
+        self._watched: list[nn.Parameter] | None = None
+        self._hooks: list[Any] = []
+
+    def fits(self, params: list[nn.Parameter]) -> bool:
+        """Is this the layout of these very parameters?"""
+        return len(params) == len(self._params) and all(
+            known() is param for known, param in zip(self._params, params, strict=True)
+        )
+
+    @contextmanager
+    def watching(self, params: list[nn.Parameter]) -> Iterator[None]:
+        """Send off each bucket as soon as the backward pass in the body has filled it."""
+        if not self._hooks:  # they stay, for there may be many
+            for i in self._bucket_of:
+                hook = functools.partial(self._arrive, i)
+                self._hooks.append(params[i].register_post_accumulate_grad_hook(hook))
+        self._start()
+        self._watched = params
+        try:
+            yield
+        finally:
+            self._watched = None
+
+    def forget(self) -> None:
+        """Watch no more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _start(self) -> None:
+        for bucket in self._buckets:
+            bucket.start()
+        self._next = 0
+
+    def _arrive(self, place: int, param: torch.Tensor) -> None:
+        if self._watched is None:
+            return
+        self._bucket_of[place].arrive(place)
+        # All ranks send the buckets in the same order; the last one waits for the end.
+        while self._next < len(self._buckets) - 1 and not self._buckets[self._next].missing:
+            self._buckets[self._next].send(self._watched)
+            self._next += 1
+
+    @torch.no_grad()
+    def average(self, params: list[nn.Parameter]) -> None:
+        """Send off what was not yet, and put the averages in place."""
+        for bucket in self._buckets:
+            if bucket.work is None:
+                bucket.send(params)
+        for bucket in self._buckets:
+            bucket.wait(f"sync_gradients of {len(params)} parameters")
+        for bucket in self._buckets:
+            bucket.put(params, self._buckets[-1].flags)
+
+
+def _grouped(params: list[nn.Parameter]) -> list[list[int]]:
+    """Places of parameters whose gradients travel together, in the order backward reaches them.
+
+    The last group has small ones only, or none.
+    """
+    groups: list[list[int]] = []
+    small: dict[Any, list[int]] = {}
+    for i in reversed(range(len(params))):
+        if params[i].nbytes >= ALONE_BYTES:
+            groups.append([i])
+            continue
+        kind = params[i].dtype, params[i].device
+        small.setdefault(kind, []).append(i)
+        if sum(params[j].nbytes for j in small[kind]) >= BUCKET_BYTES:
+            groups.append(small.pop(kind))
+    return [*groups, *(small.values() or [[]])]
+
+
+class _Bucket:
+    """Gradients that travel together, copied into one flat tensor; or a large one, as it is.
+
+    Args:
+        params: all that are synchronised.
+        names: of all, for errors.
+        places: of those in this bucket.
+        flags: elements to add that tell which of all parameters has a gradient on any rank.
+    """
+
+    def __init__(
+        self, params: list[nn.Parameter], names: list[str], places: list[int], flags: int = 0
+    ) -> None:
+        self.names = names
+        self.places = places
+        chosen = [params[i] for i in places]
+        self.alone = not flags and len(places) == 1
+        sizes = [0 if self.alone else p.numel() for p in chosen]
+        like = chosen[0] if chosen else params[0] if params else torch.empty(0)
+        self._flat = like.detach().new_empty(sum(sizes) + flags)
+        *parts, self.flags = self._flat.split([*sizes, flags])
+        self._parts = (
+            [] if self.alone else [p.view_as(q) for p, q in zip(parts, chosen, strict=True)]
+        )
+        self.start()
+
+    def start(self) -> None:
+        """Expect the gradients."""
+        self.missing = set(self.places)
+        self.work: Any = None
+
+    def arrive(self, place: int) -> None:
+        """Note that a parameter has its gradient."""
+        if self.work is not None:
+            raise RuntimeError(
+                "a second backward pass inside eager_sync_gradients: "
+                "wrap the last one only, gradients of earlier ones add up by themselves"
+            )
+        self.missing.discard(place)
+
+    def send(self, params: list[nn.Parameter]) -> None:
+        """Start to average the gradients; those that are not there count as zero."""
+        grads = []
+        for i in self.places:
+            grad = params[i].grad
+            if grad is not None and grad.is_sparse:
+                raise RuntimeError(
+                    f"sync_gradients: parameter {self.names[i]} has a sparse gradient, which can't "
+                    "be averaged; build its embedding with sparse=False"
+                )
+            grads.append(torch.zeros_like(params[i]) if grad is None else grad)
+        if self.alone:
+            self.sent = grads[0].contiguous()
+        else:
+            self.sent = self._flat
+            if grads:
+                torch._foreach_copy_(self._parts, grads)
+        if len(self.flags):
+            self.flags.fill_(1)
+            if absent := [i for i, param in enumerate(params) if param.grad is None]:
+                self.flags[absent] = 0
+        # Divided before the sum, which might overflow in half precision.
+        self.sent.div_(world_size())
+        self.work = dist.all_reduce(self.sent, async_op=True)
+
+    def wait(self, what: str) -> None:
+        """Wait for the averages."""
+        _finish(self.work, self.sent, what)
+        self.work = None
+
+    def put(self, params: list[nn.Parameter], flags: torch.Tensor) -> None:
+        """Give the parameters their averages."""
+        parts = [self.sent] if self.alone else self._parts
+        grads, averages = [], []
+        for i, part in zip(self.places, parts, strict=True):
+            grad = params[i].grad
+            if grad is None:
+                if flags[i] != 0:  # waits for the device, where a parameter is unused on this rank
+                    params[i].grad = part.clone()
+            elif grad is not part:
+                grads.append(grad)
+                averages.append(part)
+        if grads:
+            torch._foreach_copy_(grads, averages)

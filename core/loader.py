@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, cast
 
 import numpy as np
@@ -47,6 +47,7 @@ def loader(
     shuffle: bool = False,
     klass: Callable[..., Any] = DataLoader,
     seed: int = 0,
+    updates_per_epoch: int | None = None,
     worker_init_fn: Callable[[int], None] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -63,6 +64,8 @@ def loader(
         shuffle: for training.
         klass: `torch.utils.data.DataLoader` or one that takes the same arguments.
         seed: of the order, and of the random numbers drawn in workers.
+        updates_per_epoch: number of batches in an epoch, rather than once all data. The next epoch
+            goes on behind the last example of this one, in an endless row of shuffled datasets.
         worker_init_fn: called in each worker after it is seeded.
         kwargs: keyword arguments of `klass`.
     """
@@ -72,11 +75,18 @@ def loader(
     if kwargs.get("persistent_workers"):
         logger.warning("persistent_workers: random numbers of workers will differ after a resume")
     if isinstance(dataset, IterableDataset):
-        if shuffle:
-            raise ValueError("loader: an iterable dataset has its own order; shuffle inside of it")
+        if shuffle or updates_per_epoch is not None:
+            raise ValueError(
+                "loader: an iterable dataset has an order and an end of its own; "
+                "shuffle= and updates_per_epoch= are for those with a length"
+            )
         dataset = _IterableShard(dataset)
     else:
-        kwargs["sampler"] = EpochSampler(cast(Sized, dataset), shuffle, seed)
+        examples = None
+        if updates_per_epoch is not None:
+            batch_size = kwargs.get("batch_size", args[0] if args else 1)
+            examples = updates_per_epoch * (batch_size or 1) * distrib.world_size()
+        kwargs["sampler"] = EpochSampler(cast(Sized, dataset), shuffle, seed, examples)
     # A generator of its own keeps the loader from drawing on the global one.
     kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
     return klass(dataset, *args, worker_init_fn=_SeedWorker(seed, worker_init_fn), **kwargs)
@@ -86,32 +96,55 @@ class EpochSampler(Sampler[int]):
     """This rank's indices, in an order that is a function of the seed and the epoch.
 
     Iterated again within an epoch, it goes on to another order.
+
+    Args:
+        dataset: anything with a length.
+        shuffle: else the order is that of the dataset.
+        seed: of the orders.
+        examples: in an epoch, of all ranks, from where the last epoch ended; all data by default.
     """
 
-    def __init__(self, dataset: Sized, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self, dataset: Sized, shuffle: bool, seed: int, examples: int | None = None
+    ) -> None:
+        if examples is not None and (examples < 1 or not len(dataset)):
+            raise ValueError("loader: updates_per_epoch= needs at least one update and one example")
         self.dataset = dataset
         self.shuffle = shuffle
         self.seed = seed
+        self.examples = examples
         self._last = (-1, 0)  # epoch, passes in it
 
     def __len__(self) -> int:
-        ranks, size = distrib.world_size(), len(self.dataset)
+        ranks, size = distrib.world_size(), self.examples or len(self.dataset)
         return -(-size // ranks) if self.shuffle else len(range(distrib.rank(), size, ranks))
 
     def __iter__(self) -> Iterator[int]:
         epoch, passes = self._last
         self._last = (_epoch, passes + 1 if epoch == _epoch else 0)
-        order = self._order(*self._last)
-        return iter(order[distrib.rank() :: distrib.world_size()])
+        order = self._stretch(*self._last) if self.examples else self._whole(*self._last)
+        return itertools.islice(order, distrib.rank(), None, distrib.world_size())
 
-    def _order(self, epoch: int, passes: int) -> list[int]:
+    def _whole(self, epoch: int, passes: int) -> Iterable[int]:
+        """All examples; when shuffling, some again so that the ranks' shares are equal."""
+        order = self._order(epoch, passes)
+        padded = len(self) * distrib.world_size() if self.shuffle else len(order)
+        return itertools.islice(itertools.cycle(order), padded)
+
+    def _stretch(self, epoch: int, passes: int) -> Iterable[int]:
+        """The epoch's part of an endless row of orders of all examples."""
+        size, examples = len(self.dataset), self.examples or 0
+        number, skipped = divmod(epoch * examples, size)
+        orders = (self._order(n, passes) for n in itertools.count(number))
+        return itertools.islice(itertools.chain.from_iterable(orders), skipped, skipped + examples)
+
+    def _order(self, number: int, passes: int) -> list[int]:
         size = len(self.dataset)
         if not self.shuffle or not size:
             return list(range(size))
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch, passes))
+        generator = torch.Generator().manual_seed(_mix(self.seed, number, passes))
         order: list[int] = torch.randperm(size, generator=generator).tolist()
-        padded = len(self) * distrib.world_size()
-        return list(itertools.islice(itertools.cycle(order), padded))
+        return order
 
 
 class _IterableShard(IterableDataset[Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from .. import distrib
+from .. import distrib, loader, process_group
+from ..utils import averager
 from .processes import on_ranks
 
 
@@ -117,7 +119,7 @@ def _threads_after_leaving() -> list[str]:
     with distrib.eager_sync_model(model):
         model(torch.ones(1, 2)).sum().backward()
     optim.step()
-    distrib._leave()
+    process_group.leave()
     threads = Path("/proc/self/task").iterdir()
     return [name for t in threads if "runloop" in (name := (t / "comm").read_text())]
 
@@ -163,18 +165,32 @@ def _disagree(kind: str) -> str:
         "none": [torch.ones(2)] * rank,
         "shape": [torch.ones(2 + rank)],
         "dtype": [torch.ones(2, dtype=torch.float64 if rank else torch.float32)],
+        "name": [],
     }[kind]
+    names = ["a", "b"] if rank else ["b", "a"]
     try:
+        if kind == "name":
+            distrib.sync_model(nn.ModuleDict({n: nn.PReLU() for n in names}))
         distrib.average_tensors(tensors)
     except RuntimeError as error:
         return str(error)
     return "no error"
 
 
-@pytest.mark.parametrize("kind", ["number", "none", "shape", "dtype"])
-def test_ranks_that_disagree_raise_on_all_ranks(kind: str) -> None:
-    for said in on_ranks(_disagree, kind, timeout=20):
-        assert "ranks disagree" in said
+@pytest.mark.parametrize(
+    ("kind", "difference"),
+    [
+        ("number", "rank 0 is in average_tensors with none; rank 1 with [2] float32 on cpu"),
+        ("none", "rank 0 is in average_tensors with none; rank 1 with [2] float32 on cpu"),
+        ("shape", "with [2] float32 on cpu; rank 1 with [3] float32 on cpu"),
+        ("dtype", "with [2] float32 on cpu; rank 1 with [2] float64 on cpu"),
+        ("name", "with b.weight: [1] float32 on cpu; rank 1 with a.weight: [1] float32 on cpu"),
+    ],
+)
+def test_ranks_that_disagree_are_told_how(kind: str, difference: str) -> None:
+    zero, one = on_ranks(_disagree, kind, timeout=20)
+    assert difference in zero
+    assert "ranks disagree" in one
 
 
 def _model() -> nn.Module:
@@ -223,6 +239,50 @@ def test_gradients_equal_those_of_the_full_batch(how: str) -> None:
             assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-12)
 
 
+def _train_and_evaluate() -> dict[str, Any]:
+    """Two epochs of 48 examples in global batches of 12, then an evaluation of 13 examples."""
+    points = torch.randn(48, 6, generator=torch.Generator().manual_seed(2)).double()
+    data = torch.utils.data.TensorDataset(points, points.sum(1, keepdim=True))
+    batches = loader.loader(data, loader.split_batch(12), shuffle=True)
+    torch.manual_seed(distrib.rank())  # ranks begin with different weights
+    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 1)).double()
+    distrib.broadcast_model(model)
+    optim = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for epoch in (1, 2):
+        loader.set_epoch(epoch)
+        for x, y in batches:
+            optim.zero_grad()
+            with distrib.eager_sync_model(model):
+                loss = (model(x) - y).pow(2).mean()
+                loss.backward()
+            optim.step()
+            losses.append(distrib.average_metrics({"loss": loss}, len(x))["loss"])
+    seen: list[float] = []
+    average, metrics = averager(), {}
+    for x, y in loader.loader(torch.utils.data.Subset(data, range(13)), 2):
+        metrics = average({"loss": (model(x) - y).pow(2).mean().detach()}, weight=len(x))
+        seen += y.flatten().tolist()
+    return {
+        "losses": losses,
+        "weights": torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(),
+        "valid": distrib.average_metrics(metrics, len(seen)),
+        "seen": sorted(itertools.chain(*distrib.gather_objects(seen))),
+    }
+
+
+def test_any_number_of_ranks_gives_the_same_numbers() -> None:
+    [alone] = on_ranks(_train_and_evaluate, ranks=1)
+    assert isinstance(alone, dict), alone
+    assert alone["losses"][-1] < alone["losses"][0] / 1.2
+    assert len(alone["seen"]) == 13
+    for ranks in (2, 3):
+        for found in on_ranks(_train_and_evaluate, ranks=ranks):
+            assert isinstance(found, dict), found
+            for name, expected in alone.items():
+                assert found[name] == pytest.approx(expected, rel=1e-9, abs=1e-9), name
+
+
 def _partly_unused() -> list[Any]:
     a, b, c = (nn.Parameter(torch.ones(2)) for _ in range(3))
     frozen = nn.Parameter(torch.ones(2), requires_grad=False)
@@ -237,13 +297,18 @@ def test_unused_and_frozen_parameters() -> None:
         assert found == [[0.5, 0.5], [0.5, 0.5], None, None], found
 
 
-def _misuse() -> list[str]:
-    said = []
+def _misuse() -> list[Any]:
+    said: list[Any] = []
     p = nn.Parameter(torch.ones(2))
+    with distrib.eager_sync_gradients([p]):
+        p.sum().backward()
+        (distrib.rank() * p).sum().backward()
+    said.append(p.grad.tolist() if p.grad is not None else None)
+    big = [nn.Parameter(torch.ones(distrib.ALONE_BYTES // 4)) for _ in range(2)]
     try:
-        with distrib.eager_sync_gradients([p]):
-            p.sum().backward()
-            p.sum().backward()
+        with distrib.eager_sync_gradients(big):
+            sum(p.sum() for p in big).backward()  # type: ignore[union-attr]
+            sum(p.sum() for p in big).backward()  # type: ignore[union-attr]
     except RuntimeError as error:
         said.append(str(error))
     q = nn.Parameter(torch.ones(2))
@@ -252,13 +317,21 @@ def _misuse() -> list[str]:
             raise ValueError("mine")
     except ValueError as error:
         said.append(str(error))
+    embedding = nn.Embedding(3, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    try:
+        distrib.sync_model(embedding)
+    except RuntimeError as error:
+        said.append(str(error))
     return said
 
 
 def test_misuse_and_exceptions_in_the_body() -> None:
-    for found in on_ranks(_misuse, timeout=20):
-        assert "second backward pass" in found[0]
-        assert found[1] == "mine"
+    for both, second, mine, sparse in on_ranks(_misuse, timeout=20):
+        assert both == [1.5, 1.5]  # nothing was sent before the end
+        assert "second backward pass" in second
+        assert mine == "mine"
+        assert "weight: [3, 2] float32 on cpu has a sparse gradient" in sparse
 
 
 def _buffers(average: bool) -> list[float]:

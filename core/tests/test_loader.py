@@ -88,6 +88,29 @@ def test_shares(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({len(share) for share in found[True]}) == 1
 
 
+def test_an_epoch_of_any_number_of_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    def examples(epochs: range, batch: int = 2) -> list[int]:
+        made = loader.loader(Numbers(7), batch, shuffle=True, updates_per_epoch=5)
+        assert len(made) == 5
+        seen: list[int] = []
+        for epoch in epochs:
+            loader.set_epoch(epoch)
+            seen += torch.cat(list(made)).tolist()
+        return seen
+
+    seen = examples(range(7))
+    assert len(seen) == 70
+    for begin in range(0, 70, 7):  # one order of all data after another
+        assert sorted(seen[begin : begin + 7]) == list(range(7))
+    assert seen[:7] != seen[7:14]
+    assert examples(range(3, 7)) == seen[30:]  # as after a resume
+    shares = []
+    for rank in range(2):
+        be_rank(monkeypatch, rank, 2)
+        shares.append(examples(range(7), batch=1))
+    assert [n for pair in zip(*shares, strict=True) for n in pair] == seen
+
+
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_are_seeded(context: str) -> None:
     def draw(epoch: int) -> torch.Tensor:
@@ -111,8 +134,12 @@ def test_iterable_datasets_are_dealt_out(workers: int, monkeypatch: pytest.Monke
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="own order"):
+    with pytest.raises(ValueError, match="an order and an end"):
         loader.loader(Stream(), shuffle=True)
+    with pytest.raises(ValueError, match="an end of its own"):
+        loader.loader(Stream(), updates_per_epoch=1)
+    with pytest.raises(ValueError, match="at least one update"):
+        loader.loader(Numbers(3), updates_per_epoch=0)
     with pytest.raises(ValueError, match="sampler"):
         loader.loader(Numbers(3), sampler=range(3))
     be_rank(monkeypatch, 0, 2)

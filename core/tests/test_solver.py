@@ -246,6 +246,7 @@ def test_imports_go_downwards_and_dora_is_in_one_file() -> None:
         ["checkpoint", "trackers"],
         ["state"],
         ["distrib"],
+        ["process_group"],
         ["xp"],
         ["formatter", "utils"],
     ]

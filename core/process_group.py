@@ -1,0 +1,280 @@
+"""The processes of a run: who they are, how they meet, and how they notice that they disagree.
+
+Everything here also works in a single process, where it does nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import logging
+import os
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from .xp import rendezvous_file
+
+logger = logging.getLogger(__name__)
+
+# Seconds in one collective after which a rank tells the others where it is.
+PATIENCE = 2.0
+
+
+# ------------------------------------------------------------------------------------ who am I
+
+
+class Place(NamedTuple):
+    """Where this process stands among all processes of the run, and on its machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def place() -> Place:
+    """Read our place from what started us: Dora, torchrun or a script (environment), Slurm."""
+    env = os.environ
+    if "WORLD_SIZE" in env:
+        rank, world = int(env.get("RANK", 0)), int(env["WORLD_SIZE"])
+        local_rank = int(env.get("LOCAL_RANK", rank))
+        return Place(rank, world, local_rank, int(env.get("LOCAL_WORLD_SIZE", world)))
+    if "SUBMITIT_EXECUTOR" in env:
+        from submitit import JobEnvironment
+
+        job = JobEnvironment()
+        tasks_here = job.num_tasks // job.num_nodes
+        return Place(job.global_rank, job.num_tasks, job.local_rank, tasks_here)
+    return Place(0, 1, 0, 1)
+
+
+def is_distributed() -> bool:
+    """Is this one of several processes of a run?"""
+    return world_size() > 1
+
+
+def rank() -> int:
+    """Index of this process; right also before `init`."""
+    return dist.get_rank() if _initialized() else place().rank
+
+
+def world_size() -> int:
+    """Number of processes; right also before `init`."""
+    return dist.get_world_size() if _initialized() else place().world_size
+
+
+def is_rank_zero() -> bool:
+    """Is this the process that writes files and speaks to the user?"""
+    return rank() == 0
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+# --------------------------------------------------------------------------------------- start
+
+
+def init(backend: str | None = None, timeout: float = 1800.0) -> None:
+    """Join the process group, if this process was started as one of several.
+
+    Args:
+        backend: defaults to nccl for tensors on CUDA, and gloo for others.
+        timeout: seconds after which a collective that misses a rank fails. Ranks that are in
+            different collectives, or gone, are noticed within seconds.
+    """
+    global _store
+    here = place()
+    if _initialized() or here.world_size == 1:
+        return
+    cuda = torch.cuda.is_available()
+    if backend == "nccl" and not cuda:
+        raise RuntimeError("backend nccl needs CUDA, which is not available: use gloo")
+    if cuda:
+        torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Processes that each take all cores slow one another down manyfold.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here.local_world_size))
+    # Its functions have the process group of the moment of their import as a default argument.
+    # Were that ours, it would outlive `leave`, and its threads might crash the end of Python.
+    importlib.import_module("torch.distributed.nn.functional")
+    patience = timedelta(seconds=timeout)
+    meeting = rendezvous(_rendezvous(here), here.rank, here.world_size, timeout=patience)
+    store, _, _ = next(meeting)
+    store.set_timeout(patience)
+    # What is said in words travels between CPUs and never waits for a GPU.
+    if cuda and backend in (None, "nccl"):
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend or "gloo",
+        store=PrefixStore("group", store),
+        rank=here.rank,
+        world_size=here.world_size,
+        timeout=patience,
+    )
+    _store = PrefixStore("whereabouts", store)
+    atexit.register(leave)
+    _end_with_launcher()
+    logger.info("Process group: rank %d of %d, %s", rank(), world_size(), dist.get_backend())
+
+
+def _rendezvous(here: Place) -> str:
+    """Where the ranks meet: at a given address, at Slurm's first node, or at a file of the run."""
+    if "MASTER_PORT" in os.environ:
+        return "env://"
+    if "SLURM_JOB_NODELIST" in os.environ and "SUBMITIT_EXECUTOR" in os.environ:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        job = TorchDistributedEnvironment()
+        return f"tcp://{os.environ.get('MASTER_ADDR', job.master_addr)}:{job.master_port}"
+    if (meeting := rendezvous_file()) is not None:
+        return f"file://{meeting}"
+    raise RuntimeError(
+        f"rank {here.rank} of {here.world_size} does not know where to meet the others: "
+        "set MASTER_ADDR and MASTER_PORT, or start with `dora run -d` or torchrun"
+    )
+
+
+def _end_with_launcher() -> None:
+    """End this process if what started it, Dora or torchrun, is killed: else it trains unseen."""
+    if rendezvous_file() is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os._exit(1)  # the training may be deep in a collective; a checkpoint is safe at any time
+
+    threading.Thread(target=watch, daemon=True, name="launcher").start()
+
+
+def leave() -> None:
+    """Leave the process group, if in one."""
+    global _store
+    if _initialized():
+        dist.destroy_process_group()
+        _store = None
+
+
+def device(name: str = "auto") -> torch.device:
+    """Return this process's device.
+
+    Args:
+        name: `auto` (CUDA, else Apple's MPS, else CPU), or a device name such as `cuda` or `cpu`.
+    """
+    if name == "auto":
+        accelerated = torch.backends.mps.is_available() and not is_distributed()
+        name = "cuda" if torch.cuda.is_available() else "mps" if accelerated else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError("device=cuda: CUDA is not available here; use device=cpu or auto")
+        return torch.device("cuda", place().local_rank % torch.cuda.device_count())
+    return torch.device(name)
+
+
+# -------------------------------------------------------------------------------- disagreements
+# A rank that waits for long writes down where, and reads where the others are. Nothing of this
+# is done, or paid for, as long as collectives take less than PATIENCE.
+
+_store: Store | None = None  # a few words for each rank, outside of all collectives
+_count = 0  # collectives that this rank has waited for
+
+
+def meet(what: str, items: Sequence[str] = ()) -> None:
+    """See that all ranks are about to do the same, else raise.
+
+    Args:
+        what: is about to be done, in words.
+        items: descriptions of what it is done to.
+
+    Raises:
+        RuntimeError: on all ranks, within seconds; names the ranks and the first difference.
+    """
+    if not is_distributed():
+        return
+    mine = torch.tensor([zlib.crc32("\n".join([what, *items]).encode())])
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    wait(dist.all_gather(everyone, mine, async_op=True), what)
+    if any(other != mine for other in everyone):
+        _tell(what, items)
+        raise RuntimeError(_differences(what, items))
+
+
+def wait(work: Any, what: str) -> None:
+    """Wait for an asynchronous collective between CPUs.
+
+    Raises:
+        RuntimeError: within seconds if another rank is gone, or waits in another collective.
+    """
+    global _count
+    _count += 1
+    told = conflicts = 0
+    while True:
+        try:
+            work.wait(timedelta(seconds=PATIENCE))
+            break
+        except RuntimeError as error:
+            _tell(what)
+            told += 1
+            # Twice, for the word of another rank may just have been overtaken.
+            conflicts = conflicts + 1 if _is_elsewhere(what) else 0
+            if work.is_completed() or conflicts == 2 or _store is None:
+                raise RuntimeError(_differences(what)) from error
+    if told:
+        _tell("")
+
+
+def _tell(what: str, items: Sequence[str] = ()) -> None:
+    """Leave word for the other ranks: in which collective we are, none if it is done."""
+    if _store is not None:
+        with suppress(RuntimeError):  # rank zero may keep the store, and be gone
+            _store.set(str(rank()), json.dumps([_count, what, list(items)]))
+
+
+def _words() -> dict[int, tuple[int, str, list[str]]]:
+    """What each rank left word of: the number of its collective, its name, its items."""
+    words = {}
+    for other in range(world_size()):
+        with suppress(RuntimeError):
+            if _store is not None and _store.check([str(other)]):
+                count, what, items = json.loads(_store.get(str(other)))
+                if what:
+                    words[other] = (count, what, items)
+    return words
+
+
+def _is_elsewhere(what: str) -> bool:
+    return any(word[:2] != (_count, what) for word in _words().values())
+
+
+def _differences(what: str, items: Sequence[str] = ()) -> str:
+    """Say where each rank is, once all have left word or had the time to."""
+    deadline = time.monotonic() + 1.5 * PATIENCE
+    while len(words := _words()) < world_size() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    said = [f"rank {rank()} is in {what}"]
+    for other in range(world_size()):
+        _, there, theirs = words.get(other, (0, "", []))
+        if not there and other != rank():
+            said.append(f"no word from rank {other}, which has ended or hangs")
+        elif there != what:
+            said.append(f"rank {other} in {there}")
+        for ours, their in zip_longest(items, theirs, fillvalue="none"):
+            if there == what and ours != their:
+                said[0] += f" with {ours}"
+                said.append(f"rank {other} with {their}")
+                break
+    return f"ranks disagree: {'; '.join(said)}. All ranks must call the same collectives"

@@ -1,0 +1,88 @@
+"""Ranks that disagree, leave or die: real processes, and how soon the others say so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from .. import distrib, process_group
+from .processes import on_ranks
+
+
+def _train(model: nn.Module) -> None:
+    with distrib.eager_sync_model(model):
+        model(torch.ones(2, 3)).sum().backward()
+
+
+def _go_wrong(how: str) -> tuple[str, float]:
+    """What this rank is told of the mistake of rank one, and after how many seconds."""
+    wrong = distrib.rank() == 1
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    _train(model)
+    begin = time.monotonic()
+    try:
+        if how == "calls something else":
+            distrib.broadcast_object(1) if wrong else distrib.average_metrics({"x": 1})
+        elif how == "has a batch less":
+            if not wrong:
+                _train(model)
+            distrib.average_metrics({"x": 1})
+        elif how == "has another parameter":
+            if wrong:
+                model[0].bias.requires_grad_(False)
+            _train(model)
+        elif how == "has ended":
+            if not wrong:
+                _train(model)
+        elif how == "has failed":
+            if wrong:
+                raise ValueError("mine")
+            _train(model)
+        elif how == "was killed":
+            if wrong:
+                os.kill(os.getpid(), signal.SIGKILL)
+            _train(model)
+        elif how == "is slow":
+            if wrong:
+                time.sleep(2.5 * process_group.PATIENCE)
+            _train(model)
+            distrib.barrier()
+    except RuntimeError as error:
+        return str(error), time.monotonic() - begin
+    except ValueError as error:
+        return str(error), 0
+    return "no error", 0
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("calls something else", "rank 1 in broadcast_object from rank 0"),
+        (
+            "has a batch less",
+            "rank 0 is in sync_gradients of 4 parameters; rank 1 in gather_objects",
+        ),
+        (
+            "has another parameter",
+            "in sync_gradients of 4 parameters; rank 1 in sync_gradients for the first time",
+        ),
+        ("has ended", "no word from rank 1, which has ended or hangs"),
+        ("has failed", "no word from rank 1, which has ended or hangs"),
+        ("was killed", "no word from rank 1, which has ended or hangs"),
+        ("is slow", "no error"),
+    ],
+)
+def test_nobody_hangs_when_rank_one(how: str, told: str) -> None:
+    results: list[Any] = on_ranks(_go_wrong, how, timeout=40)
+    said, seconds = results[0]
+    assert told in said
+    assert seconds < 10
+    if "rank 1 in" in said:  # both are told
+        assert results[1][1] < 10
+        assert results[1][0].startswith("ranks disagree: rank 1 is in ")
