@@ -120,7 +120,7 @@ def average_metrics(metrics: Mapping[str, Any], count: float = 1.0) -> dict[str,
     """
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
-    mine = {name: float(value) for name, value in metrics.items()}
+    mine = {k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in metrics.items()}
     if not is_distributed():
         return mine
     for values, weight in gather_objects((mine, float(count))):

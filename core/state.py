@@ -79,6 +79,8 @@ class AttributeWrapper:
         value = self._get()
         if isinstance(value, nn.Module):
             load_module_state(value, state)
+        elif isinstance(value, torch.optim.Optimizer):
+            load_optimizer_state(value, state)
         elif isinstance(value, StateDictSource):
             value.load_state_dict(state)
         elif isinstance(value, list):
@@ -126,7 +128,31 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     module = _bare(module)
     own = module.state_dict()
     names = {_bare_name(n): n for n in (*getattr(own, "_metadata", {}), *own)}
-    module.load_state_dict(_renamed(state, lambda name: names.get(name, name)))
+    state = _renamed(state, lambda name: names.get(name, name))
+    for name in own.keys() & state.keys():
+        state[name] = _spread_like(own[name], state[name])
+    module.load_state_dict(state)
+
+
+def load_optimizer_state(optim: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Give an optimizer its state, spread over ranks where its parameters are."""
+    params = [p for group in optim.param_groups for p in group["params"]]
+    spread = {
+        i: {k: _spread_like(params[i], v) for k, v in about.items()} if i < len(params) else about
+        for i, about in state["state"].items()
+    }
+    optim.load_state_dict({**state, "state": spread})
+
+
+def _spread_like(own: Any, whole: Any) -> Any:
+    """A tensor, spread over the ranks as `own` is; a model under `fully_shard` has such."""
+    if not hasattr(own, "placements") or _shape(own) != _shape(whole):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    # Each rank has read all of it, and keeps its part: nothing needs to be sent.
+    tensor = whole.to(own.device)
+    return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -372,7 +398,7 @@ class EMA:
         """Take back what `state_dict` gave."""
         for name, averages in self.states.items():
             for key, average in averages.items():
-                average.copy_(state[name][key])
+                average.copy_(_spread_like(average, state[name][key]))
 
 
 @contextmanager
@@ -402,7 +428,8 @@ def plain(
         copy: applied to each tensor.
     """
     if isinstance(value, torch.Tensor):
-        return copy(value)
+        # What is spread over the ranks (`fully_shard`) is put together, on all of them.
+        return copy(value.full_tensor() if hasattr(value, "full_tensor") else value)
     if type(value) in _PLAIN:
         return value
     if isinstance(value, OrderedDict) and hasattr(value, "_metadata"):  # of a module, has versions

@@ -1,0 +1,91 @@
+"""A model that is spread over ranks goes through the same solver, on real gloo processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from .. import BaseSolver, distrib
+from ..state import EMA, Best
+from .processes import on_ranks
+
+
+class Solver(BaseSolver):
+    def __init__(self, folder: Path, epochs: int) -> None:
+        super().__init__(folder)
+        self.epochs = epochs
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+        if distrib.is_distributed():
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(self.model, mesh=init_device_mesh("cpu", (distrib.world_size(),)))
+        self.optim = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.ema = EMA({"model": self.model}, decay=0.5)
+        self.best = Best({"model": self.model})
+        self.register_stateful("model", "optim", "ema", "best")
+
+    def run(self) -> None:
+        self.restore()
+        while self.epoch <= self.epochs:
+            self.run_stage("train", self.train)
+            self.run_stage("valid", self.valid)
+            self.commit()
+
+    def loss(self) -> torch.Tensor:
+        points = torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4)
+        share = points[distrib.rank() :: distrib.world_size()]
+        outputs: torch.Tensor = self.model(share)
+        return (outputs - 1).pow(2).mean()
+
+    def train(self) -> dict[str, float]:
+        self.optim.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optim.step()
+        self.ema.update()
+        return distrib.average_metrics({"loss": loss.detach()})
+
+    @torch.no_grad()
+    def valid(self) -> dict[str, float]:
+        with self.ema.swapped():
+            metrics = distrib.average_metrics({"loss": self.loss()})
+        self.best.update(metrics["loss"])
+        with self.best.swapped():
+            return metrics
+
+
+def _train(folder: Path, epochs: int) -> dict[str, Any]:
+    solver = Solver(folder, epochs)
+    solver.run()
+    state = solver.state_dict()
+    tensors = [*state["model"].values(), *state["ema"]["model"].values()]
+    tensors += state["best"]["states"]["model"].values()
+    tensors += [s["exp_avg"] for s in state["optim"]["state"].values()]
+    return {
+        "numbers": torch.cat([t.flatten() for t in tensors]).tolist(),
+        "losses": [e["valid"]["loss"] for e in solver.history],
+    }
+
+
+def test_a_spread_model_trains_is_saved_and_resumed_anywhere(tmp_path: Path) -> None:
+    undisturbed = on_ranks(_train, tmp_path / "undisturbed", 4)
+    assert isinstance(undisturbed[0], dict), undisturbed[0]
+    assert undisturbed[0] == undisturbed[1]
+    on_ranks(_train, tmp_path / "stopped", 2)
+    [alone] = on_ranks(_train, tmp_path / "alone", 4, ranks=1)
+    assert isinstance(alone, dict), alone
+    saved = (tmp_path / "stopped" / "checkpoint.th").read_bytes()
+    assert on_ranks(_train, tmp_path / "stopped", 4) == undisturbed
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "checkpoint.th").write_bytes(saved)
+    [moved] = on_ranks(_train, tmp_path / "moved", 4, ranks=1)
+    for found in (moved, alone):
+        for name, expected in undisturbed[0].items():
+            assert found[name] == pytest.approx(expected, rel=1e-9), name
