@@ -74,7 +74,7 @@ def lint(session: nox.Session) -> None:
     install(session, *RUNTIME, "cookiecutter", "mypy", "nox", "pytest", "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("mypy", "core", "tests", "noxfile.py")
+    session.run("mypy", "core", "tests", "bench", "noxfile.py")
     for hook in sorted((ROOT / "hooks").glob("*.py")):
         session.run("mypy", str(hook))
     with tempfile.TemporaryDirectory() as folder:

@@ -189,18 +189,33 @@ def killed_inside_the_write(run: Run, rng: random.Random) -> None:
     run.check_history()
 
 
+def children_of(process: "subprocess.Popen[str]") -> list[str]:
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return listed.read_text().split() if process.poll() is None else []
+
+
 def one_of_two_ranks_killed(run: Run, rng: random.Random) -> None:
     run.ranks = 2
     process = run.start()
     if run.started(process, 1):
         time.sleep(rng.uniform(0, 1.5))
-    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    children = listed.read_text().split() if process.poll() is None else []
+    children = children_of(process)
     if children:
         os.kill(int(rng.choice(children)), signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0 or not children, said
     run.check_history()
+
+
+def launcher_of_two_ranks_killed(run: Run, rng: random.Random) -> None:
+    run.ranks = 2
+    process = run.start()
+    run.started(process, 1)
+    children = children_of(process)
+    process.kill()
+    process.wait()  # `communicate` would wait for orphans
+    time.sleep(2.5)  # they look once a second whether they are alone
+    assert not any(Path(f"/proc/{child}").exists() for child in children), "orphans train on"
 
 
 def bit_flipped(run: Run, rng: random.Random) -> None:
@@ -288,6 +303,7 @@ FAULTS: dict[Fault, set[str]] = {
     kills_at_random: {EXACT},
     killed_inside_the_write: {EXACT},
     one_of_two_ranks_killed: {EXACT},
+    launcher_of_two_ranks_killed: {EXACT},
     terminated_at_random: {EXACT},
     interrupted_at_random: {EXACT},
     bit_flipped: {WARNED, EXACT},
@@ -357,10 +373,10 @@ class Campaign:
 
     def report(self) -> str:
         """The table: faults by outcome."""
-        lines = [f"{'fault':26}{'tried':>7}" + "".join(f"{o:>26}" for o in OUTCOMES)]
+        lines = [f"{'fault':30}{'tried':>7}" + "".join(f"{o:>26}" for o in OUTCOMES)]
         for name in dict.fromkeys(name for name, _ in self.table):
             counts = [self.table[name, outcome] for outcome in OUTCOMES]
-            lines.append(f"{name:26}{sum(counts):7}" + "".join(f"{c:26}" for c in counts))
+            lines.append(f"{name:30}{sum(counts):7}" + "".join(f"{c:26}" for c in counts))
         return "\n".join(lines)
 
 

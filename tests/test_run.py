@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,6 +66,22 @@ def test_ctrl_c_and_on(project: Path) -> None:
     assert 0 < done < 40
     assert f"starts with epoch {done + 1}:" in finish(start(project, *command))
     assert len(history(project)) == 40
+
+
+def test_torchrun_on_two_machines_that_are_one(project: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    dora = ["-m", "dora", "run", "epochs=2", "trackers=[]"]
+    nodes = [
+        start(project, "torch.distributed.run", *told, f"--node-rank={rank}", *dora)
+        for rank in range(2)
+    ]
+    for node in nodes:
+        finish(node)
+    assert [sorted(epoch) for epoch in history(project)] == [["train", "valid"]] * 2
+    assert len(list(project.glob("outputs/xps/*/solver.log.*"))) == 2
 
 
 def test_readme_is_true() -> None:

@@ -19,6 +19,7 @@ class DataConfig:
 class ModelConfig:
     channels: int
     dropout: float
+    compile: bool
 
 
 @dataclass
@@ -29,6 +30,7 @@ class OptimConfig:
     cosine: bool
     clip: float
     bf16: bool
+    accumulate: int
     ema: float
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Solver(BaseSolver):
 
         self.model = ConvNet(CLASSES, cfg.model.channels, cfg.model.dropout).to(self.device)
         distrib.broadcast_model(self.model)
+        if cfg.model.compile:
+            self.model.compile()
         self.optim = torch.optim.AdamW(
             self.model.parameters(), lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay
         )
@@ -84,37 +87,61 @@ class Solver(BaseSolver):
 
     def loop(self, loader: DataLoader[Any]) -> dict[str, float]:
         """Go once through the data; return the metrics over all examples of all processes."""
-        average, metrics, examples = averager(), {}, 0
+        average, metrics, examples, losses = averager(), {}, 0, []
         batches = self.log_progress(self.current_stage, loader, updates=self.cfg.log_updates)
         for images, labels in batches:
             step = self.run_step(images.to(self.device), labels.to(self.device))
             metrics = average(step, weight=len(labels))
             batches.update(**metrics)
             examples += len(labels)
+            losses.append(step["loss"])
+        self.check_finite(losses)
         return distrib.average_metrics(metrics, examples)
 
     def run_step(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
         """One batch, `[B, 1, 8, 8]` and `[B]`; its metrics stay on the device, unawaited."""
+        if not self.model.training:
+            return self.forward(images, labels)
+        average, metrics = averager(), {}
+        parts = self.cfg.optim.accumulate
+        *early, last = zip(images.chunk(parts), labels.chunk(parts), strict=True)
+        for part in (*early, last):
+            share = len(part[1]) / len(labels)
+            step = self.forward(*part)
+            # Gradients of the parts add up; they are averaged over processes once, with the last.
+            with distrib.eager_sync_model(self.model) if part is last else nullcontext():
+                (step["loss"] * share).backward()
+            metrics = average(step, weight=share)
+        return metrics | self.update()
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The loss, and what else is to be known."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.optim.bf16):
             logits = self.model(images)
             loss = F.cross_entropy(logits, labels)
-        metrics = {"loss": loss, "acc": (logits.argmax(1) == labels).float().mean()}
-        if self.model.training:
-            metrics |= self.optimize(loss)
-        return metrics
+        return {"loss": loss, "acc": (logits.argmax(1) == labels).float().mean()}
 
-    def optimize(self, loss: Tensor) -> dict[str, Any]:
-        """One update of the weights, from the gradients of all processes."""
-        self.optim.zero_grad()
-        with distrib.eager_sync_model(self.model):
-            loss.backward()
+    def update(self) -> dict[str, Any]:
+        """One update of the weights, by their gradients."""
         largest = self.cfg.optim.clip or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         [lr] = self.schedule.get_last_lr()
         self.optim.step()
+        self.optim.zero_grad()
         self.schedule.step()
         self.ema.update()
         return {"grad_norm": grad_norm, "lr": lr}
+
+    def check_finite(self, losses: list[Tensor]) -> None:
+        """Stop before a commit if a loss was infinite or no number; asked once a stage."""
+        finite = torch.stack(losses).isfinite().tolist() if losses else []
+        if not all(finite):
+            number = finite.index(False)
+            raise FloatingPointError(
+                f"{self.current_stage}, epoch {self.epoch}: the loss of step {number + 1} of "
+                f"{len(losses)}, on rank {distrib.rank()}, is {losses[number].item()}; the last "
+                "commit is safe. Try a lower optim.lr, or optim.clip"
+            )
 
     def log_hardest(self, count: int = 16) -> None:
         """Show the images of the first validation batch that have the highest loss."""

@@ -1,7 +1,9 @@
 """The data and the model of the digits, and that they are learned."""
 
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 from {{ cookiecutter.package_name }}.core.state import seed_everything
@@ -10,6 +12,14 @@ from {{ cookiecutter.package_name }}.data import CLASSES, load_digits
 from {{ cookiecutter.package_name }}.model import ConvNet
 from {{ cookiecutter.package_name }}.solver import Solver, warmup_cosine
 from {{ cookiecutter.package_name }}.train import main
+
+
+def train(folder: Path, *overrides: str, epochs: int = 1) -> Solver:
+    cfg = main.get_xp([f"epochs={epochs}", "device=cpu", "trackers=[]", *overrides]).cfg
+    seed_everything(cfg.seed)
+    solver = Solver(cfg, FolderXP(folder))
+    solver.run()
+    return solver
 
 
 def test_data_is_split_without_overlap() -> None:
@@ -39,10 +49,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
 
 
 def test_digits_are_learned_in_a_few_epochs(tmp_path: Path) -> None:
-    cfg = main.get_xp(["epochs=4", "device=cpu", "trackers=[]"]).cfg
-    seed_everything(cfg.seed)
-    solver = Solver(cfg, FolderXP(tmp_path))
-    solver.run()
+    solver = train(tmp_path, epochs=4)
     accuracies = [epoch["valid"]["acc"] for epoch in solver.history]
     assert accuracies[-1] > 0.93
     assert (tmp_path / "outputs" / "valid_4" / "hardest.png").exists()
@@ -50,9 +57,7 @@ def test_digits_are_learned_in_a_few_epochs(tmp_path: Path) -> None:
 
 def test_best_and_averaged_weights_are_kept(tmp_path: Path) -> None:
     overrides = ["optim.ema=0.9", "checkpoint.best=valid.loss", "checkpoint.last=1"]
-    cfg = main.get_xp(["epochs=3", "device=cpu", "trackers=[]", *overrides]).cfg
-    solver = Solver(cfg, FolderXP(tmp_path))
-    solver.run()
+    solver = train(tmp_path, *overrides, epochs=3)
     assert solver.best.value == max(epoch["valid"]["acc"] for epoch in solver.history)
     solver.model.eval()
     with solver.best.swapped():
@@ -63,9 +68,29 @@ def test_best_and_averaged_weights_are_kept(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("checkpoint.*.th"))) == len(expected)
 
 
+def test_a_batch_in_parts_gives_the_same_weights(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", "model.dropout=0")
+    parts = train(tmp_path / "parts", "model.dropout=0", "optim.accumulate=3")
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+    assert abs(whole.history[0]["train"]["loss"] - parts.history[0]["train"]["loss"]) < 1e-4
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="train, epoch 1: the loss of step 2 of 23"):
+        train(tmp_path, "optim.lr=1e30", "optim.clip=0", "optim.warmup=0")
+    assert not (tmp_path / "checkpoint.th").exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler here")
+def test_a_compiled_model_trains_and_is_saved_by_its_bare_names(tmp_path: Path) -> None:
+    compiled = train(tmp_path, "model.compile=true", "data.batch_size=719")
+    assert "features.0.weight" in torch.load(tmp_path / "checkpoint.th")["model"]
+    plain = train(tmp_path / "plain", "data.batch_size=719")
+    assert abs(compiled.history[0]["train"]["loss"] - plain.history[0]["train"]["loss"]) < 0.1
+
+
 def test_bfloat16_trains(tmp_path: Path) -> None:
-    cfg = main.get_xp(["epochs=1", "device=cpu", "trackers=[]", "optim.bf16=true"]).cfg
-    solver = Solver(cfg, FolderXP(tmp_path))
-    solver.run()
+    solver = train(tmp_path, "optim.bf16=true")
     assert next(solver.model.parameters()).dtype == torch.float32
     assert solver.history[0]["train"]["loss"] < 2.3
