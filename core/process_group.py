@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import sys
 import threading
 import time
 import zlib
@@ -125,7 +126,7 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
         timeout=patience,
     )
     _store = PrefixStore("whereabouts", store)
-    atexit.register(leave)
+    atexit.register(_leave_at_exit)
     _end_with_launcher()
     logger.info("Process group: rank %d of %d, %s", rank(), world_size(), dist.get_backend())
 
@@ -169,6 +170,15 @@ def leave() -> None:
         _store = None
 
 
+def _leave_at_exit() -> None:
+    if _broken:  # a collective that will never end would hold us here until its timeout
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    leave()
+
+
 def device(name: str = "auto") -> torch.device:
     """Return this process's device.
 
@@ -191,6 +201,7 @@ def device(name: str = "auto") -> torch.device:
 
 _store: Store | None = None  # a few words for each rank, outside of all collectives
 _count = 0  # collectives that this rank has waited for
+_broken = False  # one of them failed, and may never end
 
 
 def meet(what: str, items: Sequence[str] = ()) -> None:
@@ -219,7 +230,7 @@ def wait(work: Any, what: str) -> None:
     Raises:
         RuntimeError: within seconds if another rank is gone, or waits in another collective.
     """
-    global _count
+    global _count, _broken
     _count += 1
     told = conflicts = 0
     while True:
@@ -232,6 +243,7 @@ def wait(work: Any, what: str) -> None:
             # Twice, for the word of another rank may just have been overtaken.
             conflicts = conflicts + 1 if _is_elsewhere(what) else 0
             if work.is_completed() or conflicts == 2 or _store is None:
+                _broken = True
                 raise RuntimeError(_differences(what)) from error
     if told:
         _tell("")

@@ -48,7 +48,7 @@ def _work(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     try:
-        distrib.init(timeout=30)
+        distrib.init(timeout=60)
         results.put((rank, function(*args)))
     except Exception:
         results.put((rank, traceback.format_exc()))
