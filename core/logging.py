@@ -171,9 +171,12 @@ class LogProgressBar(Generic[T]):
                 self._log(done, (time.monotonic() - last) / (done - logged))
             self._will_log = False
 
-    def update(self, **metrics: Any) -> bool:
-        """Give the metrics to show; return whether a line will follow this step."""
-        self._metrics = metrics
+    def update(self, metrics: Mapping[str, Any] | None = None, /, **more: Any) -> bool:
+        """Give the metrics to show; return whether a line will follow this step.
+
+        What `averager` returns is best given as it is: then it is only looked at for a line.
+        """
+        self._metrics = more if metrics is None else {**metrics, **more} if more else metrics
         return self._will_log
 
     def _log(self, done: int, seconds: float) -> None:

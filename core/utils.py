@@ -12,35 +12,123 @@ import torch
 import torch.nn.functional as F
 
 
-def averager(beta: float = 1.0) -> Callable[..., dict[str, Any]]:
+def averager(beta: float = 1.0) -> Callable[..., Averages]:
     """Return a function that averages metrics over the steps of a stage.
 
-    The function takes the metrics of one step and their weight (usually the number of examples,
-    a plain number) and returns the averages so far, a new dict each time. A metric may be absent
-    from some steps. Numbers give floats; tensors give 0-d tensors on their own device, so that a
-    GPU is never waited for.
+    The function takes the metrics of one step and their weight (usually the number of examples)
+    and returns the averages so far: see `Averages`. A metric may be absent from some steps.
 
     Args:
         beta: forgetting factor of the exponential moving average; 1 weighs all steps alike.
     """
-    totals: dict[str, Any] = {}
-    weights: dict[str, float] = {}
+    return Averages(beta).add
 
-    def update(metrics: Mapping[str, Any], weight: float = 1.0) -> dict[str, Any]:
+
+class Averages(Mapping[str, float]):
+    """Averages of metrics so far, as numbers that are worked out when somebody looks.
+
+    Until then tensors stay on their device, and no step waits for it. A value that is infinite or
+    no number is left out and counted: `loss.nonfinite` is how many steps had such a `loss`.
+    """
+
+    def __init__(self, beta: float = 1.0) -> None:
+        self._beta = beta
+        self._metrics: dict[str, _Average] = {}
+        self._seen: dict[str, float] | None = {}
+
+    def add(self, metrics: Mapping[str, Any], weight: Any = 1.0) -> Averages:
+        """Take in the metrics of one step: numbers, or tensors of one element."""
+        self._seen = None
         for name, value in metrics.items():
-            value = _accurate(value)
-            totals[name] = totals.get(name, 0.0) * beta + value * weight
-            weights[name] = weights.get(name, 0.0) * beta + weight
-        return {name: totals[name] / weights[name] for name in totals if weights[name]}
+            average = self._metrics.get(name)
+            if average is None:
+                average = self._metrics[name] = _Average(name, self._beta)
+            average.add(value, weight)
+        return self
 
-    return update
+    def _look(self) -> dict[str, float]:
+        if self._seen is None:
+            self._seen = {}
+            for name, average in self._metrics.items():
+                total, weight, nonfinite = average.sums().tolist()
+                if weight:
+                    self._seen[name] = total / weight
+                if nonfinite:
+                    self._seen[f"{name}.nonfinite"] = nonfinite
+        return self._seen
+
+    def __getitem__(self, name: str) -> float:
+        return self._look()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._look())
+
+    def __len__(self) -> int:
+        return len(self._look())
+
+    def __repr__(self) -> str:
+        return repr(self._look())
 
 
-def _accurate(value: Any) -> Any:
-    """The value in the dtype to sum it in: half precision loses a step after some thousands."""
-    if not isinstance(value, torch.Tensor):
-        return float(value)
-    return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+class _Average:
+    """Of one metric. Steps wait in a list, and are summed a fixed number at a time.
+
+    So the order of the sums does not depend on when somebody looks, and a resumed run agrees with
+    an undisturbed one to the last bit.
+    """
+
+    CHUNK = 256
+
+    def __init__(self, name: str, beta: float) -> None:
+        self._name = name
+        self._beta = beta
+        self._values: list[Any] = []
+        self._weights: list[Any] = []
+        self._sums: torch.Tensor | None = None
+
+    def add(self, value: Any, weight: Any) -> None:
+        """Take in one step."""
+        if isinstance(value, torch.Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"average of {self._name}: a metric has one element, not {value}")
+            value = value.detach().clone()  # for whoever changes it afterwards
+            if value.ndim:
+                value = value.view(())
+        self._values.append(value)
+        self._weights.append(weight)
+        if len(self._values) == self.CHUNK:
+            self._sums = self.sums()
+            self._values, self._weights = [], []
+
+    def sums(self) -> torch.Tensor:
+        """Weighted sum of the finite values; sum of their weights; number of others. `[3]`."""
+        values, weights = _column(self._values), _column(self._weights)
+        weights = weights.to(values.device)
+        count = len(values)
+        if self._beta != 1:
+            ages = torch.arange(count - 1, -1, -1, device=values.device, dtype=values.dtype)
+            weights = weights * self._beta**ages
+        finite = values.isfinite()
+        weights = weights * finite
+        values = values.where(finite, 0.0)
+        sums = torch.stack([(values * weights).sum(), weights.sum(), (~finite).sum()])
+        if self._sums is not None:
+            past = self._sums.to(sums.device)
+            sums = sums + torch.cat([past[:2] * self._beta**count, past[2:]])
+        return sums
+
+
+def _column(values: list[Any]) -> torch.Tensor:
+    """Numbers and tensors of one element as one tensor, in the dtype to sum them in."""
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    # Half precision loses a step after some thousands.
+    accurate = torch.float32 if device.type == "mps" else torch.float64
+    if not tensors:
+        return torch.tensor(values, dtype=accurate)
+    if len(tensors) < len(values) or len({(t.dtype, t.device) for t in tensors}) > 1:
+        tensors = [torch.as_tensor(v, dtype=accurate, device=device) for v in values]
+    return torch.stack(tensors).to(accurate)
 
 
 def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

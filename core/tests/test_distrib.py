@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,8 @@ def _train_and_evaluate() -> dict[str, Any]:
             optim.step()
             losses.append(distrib.average_metrics({"loss": loss}, len(x))["loss"])
     seen: list[float] = []
-    average, metrics = averager(), {}
+    average = averager()
+    metrics: Mapping[str, float] = {}
     for x, y in loader.loader(torch.utils.data.Subset(data, range(13)), 2):
         metrics = average({"loss": (model(x) - y).pow(2).mean().detach()}, weight=len(x))
         seen += y.flatten().tolist()

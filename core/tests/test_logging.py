@@ -130,12 +130,61 @@ def test_a_terminal_shows_colours(tmp_path: Path) -> None:
 def test_averages() -> None:
     average = averager()
     average({"a": 1.0, "t": torch.tensor(1.0)}, weight=1)
-    found = average({"a": 4.0, "t": torch.tensor(4.0), "b": 7}, weight=2)
-    assert (found["a"], found["b"], float(found["t"])) == (3.0, 7.0, 3.0)
-    assert isinstance(found["t"], torch.Tensor)
+    found = average({"a": 4.0, "t": torch.tensor([4.0]), "b": 7}, weight=2)
+    assert found == {"a": 3.0, "t": 3.0, "b": 7.0}
+    assert all(type(value) is float for value in found.values())
     moving = averager(beta=0.5)
     moving({"a": 0.0})
     assert moving({"a": 3.0})["a"] == 2.0
+    with pytest.raises(ValueError, match="average of x: a metric has one element"):
+        average({"x": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.99])
+def test_averages_over_many_steps(beta: float) -> None:
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = range(1, 1001)
+    looked, unseen = averager(beta), averager(beta)
+    total = scale = 0.0
+    for step, (value, weight) in enumerate(zip(values, weights, strict=True)):
+        mixed: Any = value if step % 3 else value.item()
+        found = looked({"x": mixed}, torch.tensor(weight) if step % 5 == 0 else weight)
+        assert found["x"] > 0
+        last = unseen({"x": mixed}, weight)
+        total, scale = total * beta + value.item() * weight, scale * beta + weight
+    assert found["x"] == pytest.approx(total / scale, rel=1e-12)
+    assert found["x"] == last["x"]  # to the last bit, whoever looked
+
+
+def test_averages_leave_out_and_count_what_is_no_number() -> None:
+    average = averager()
+    for value in (1.0, float("nan"), 3.0, float("inf")):
+        found = average({"x": torch.tensor(value), "y": 1.0})
+    assert found == {"x": 2.0, "x.nonfinite": 2.0, "y": 1.0}
+
+
+class Unread(torch.Tensor):
+    """Must not be waited for."""
+
+    readable = False
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        waits = func in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__)
+        assert cls.readable or not waits, "a step waits for the device"
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+def test_no_step_waits_for_the_device(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    average = averager()
+    bar = LogProgressBar(logging.getLogger("bar"), range(600), updates=1)
+    for step in bar:
+        found = average({"x": torch.tensor(1.0).as_subclass(Unread), "step": step})
+        bar.update(found)
+        Unread.readable = step == 599  # a line follows
+    assert found["x"] == 1.0
+    assert "x 1.000" in caplog.text
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ class Solver(BaseSolver):
             loss.backward()
             self.optim.step()
             metrics = average({"loss": loss})
-            steps.update(**metrics)
-        return metrics
+            steps.update(metrics)
+        return dict(metrics)
 
 
 def losses(solver: BaseSolver) -> list[float]:
@@ -158,7 +158,7 @@ class Kept(Solver):
         metrics = super().train()
         self.ema.update()
         self.best.update(self.epoch)  # the first epoch is the best
-        return metrics
+        return dict(metrics)
 
 
 def test_a_run_continues_from_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

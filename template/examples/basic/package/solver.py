@@ -46,7 +46,7 @@ class Solver(BaseSolver):
                 loss.backward()
             self.optim.step()
             metrics = average({"loss": loss})
-            steps.update(**metrics)
+            steps.update(metrics)
         return distrib.average_metrics(metrics)
 
     @torch.no_grad()

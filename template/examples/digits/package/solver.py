@@ -1,7 +1,7 @@
 """The solver: what is built, what an epoch is made of, what a step does."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -87,12 +87,13 @@ class Solver(BaseSolver):
 
     def loop(self, loader: DataLoader[Any]) -> dict[str, float]:
         """Go once through the data; return the metrics over all examples of all processes."""
-        average, metrics, examples, losses = averager(), {}, 0, []
+        average, losses, examples = averager(), [], 0
+        metrics: Mapping[str, float] = {}
         batches = self.log_progress(self.current_stage, loader, updates=self.cfg.log_updates)
         for images, labels in batches:
             step = self.run_step(images.to(self.device), labels.to(self.device))
             metrics = average(step, weight=len(labels))
-            batches.update(**metrics)
+            batches.update(metrics)
             examples += len(labels)
             losses.append(step["loss"])
         self.check_finite(losses)
@@ -102,7 +103,7 @@ class Solver(BaseSolver):
         """One batch, `[B, 1, 8, 8]` and `[B]`; its metrics stay on the device, unawaited."""
         if not self.model.training:
             return self.forward(images, labels)
-        average, metrics = averager(), {}
+        metrics: dict[str, Any] = {}
         parts = self.cfg.optim.accumulate
         *early, last = zip(images.chunk(parts), labels.chunk(parts), strict=True)
         for part in (*early, last):
@@ -111,7 +112,8 @@ class Solver(BaseSolver):
             # Gradients of the parts add up; they are averaged over processes once, with the last.
             with distrib.eager_sync_model(self.model) if part is last else nullcontext():
                 (step["loss"] * share).backward()
-            metrics = average(step, weight=share)
+            for name, value in step.items():
+                metrics[name] = metrics.get(name, 0) + value.detach() * share
         return metrics | self.update()
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
