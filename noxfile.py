@@ -21,6 +21,7 @@ RUNTIME = (
     "scikit-learn",
     "tensorboard",
     "torch",
+    "tqdm",
     "wandb",
 )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from . import distrib
 from .formatter import Formatter
@@ -21,6 +22,7 @@ from .xp import XP, get_xp
 
 T = TypeVar("T")
 
+_END: Any = object()
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _COLOURS = {"WARNING": "33", "ERROR": "31", "CRITICAL": "31;1"}
 
@@ -60,7 +62,7 @@ def setup_logging(
     for handler in [h for h in root.handlers if isinstance(h.formatter, _LineFormatter)]:
         root.removeHandler(handler)
         handler.close()
-    stderr = logging.StreamHandler(sys.stderr)
+    stderr = _Terminal() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
     stderr.setFormatter(_LineFormatter(colours=sys.stderr.isatty()))
     stderr.setLevel(level if distrib.is_rank_zero() else max(level, logging.WARNING))
     root.addHandler(stderr)
@@ -71,6 +73,14 @@ def setup_logging(
         file.setFormatter(_LineFormatter(colours=False))
         root.addHandler(file)
     logging.captureWarnings(True)
+
+
+class _Terminal(logging.Handler):
+    """Writes lines above a live bar, and leaves out those that it replaces."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not hasattr(record, "progress"):
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _LineFormatter(logging.Formatter):
@@ -96,8 +106,9 @@ class _LineFormatter(logging.Formatter):
 class LogProgressBar(Generic[T]):
     """Iterate, with a log line now and then: position, speed, time left, metrics.
 
-    A line tells of the steps that are done; the last one is not lost, even if the loop breaks.
-    Nothing is formatted between lines.
+    A line tells of the steps that are done, and how much of the time they waited for data if that
+    is over a tenth; the last one is not lost, even if the loop breaks. Nothing is formatted between
+    lines. Who sits at a terminal sees a bar instead, twice a second at most.
 
     Args:
         logger: where the lines go.
@@ -154,22 +165,46 @@ class LogProgressBar(Generic[T]):
         return self._total
 
     def __iter__(self) -> Iterator[T]:
-        done, logged = 0, 0
-        last = time.monotonic()
+        done, logged, waited = 0, 0, 0.0
         self._metrics = {}
+        iterator = iter(self._iterable)
+        live = self._live_bar()
+        last = time.perf_counter()
         try:
-            for done, item in enumerate(self._iterable, 1):
-                due = done % self._every == 0 and time.monotonic() - last >= self._seconds
+            while True:
+                asked = time.perf_counter()
+                item = next(iterator, _END)
+                if item is _END:
+                    break
+                given = time.perf_counter()
+                waited += given - asked
+                done += 1
+                due = done % self._every == 0 and given - last >= self._seconds
                 self._will_log = (due or done == self._total) and not self._silent
                 yield item
                 if self._will_log:
-                    now = time.monotonic()
-                    self._log(done, (now - last) / (done - logged))
-                    last, logged = now, done
+                    now = time.perf_counter()
+                    self._log(done, done - logged, now - last, waited)
+                    last, logged, waited = now, done, 0.0
+                if live.update():  # now and then it shows itself
+                    live.set_postfix_str(self._delimiter.join(self._items()), refresh=False)
         finally:
+            live.close()
             if done > logged and not self._silent:
-                self._log(done, (time.monotonic() - last) / (done - logged))
+                self._log(done, done - logged, time.perf_counter() - last, waited)
             self._will_log = False
+
+    def _live_bar(self) -> tqdm[Any]:
+        """A bar for whoever sits at the terminal; elsewhere, one that does nothing."""
+        shown = sys.stderr.isatty() and distrib.is_rank_zero() and not self._silent
+        return tqdm(
+            desc=self._name,
+            total=self._total,
+            disable=not (shown and self._logger.isEnabledFor(self._level)),
+            leave=False,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
 
     def update(self, metrics: Mapping[str, Any] | None = None, /, **more: Any) -> bool:
         """Give the metrics to show; return whether a line will follow this step.
@@ -179,12 +214,18 @@ class LogProgressBar(Generic[T]):
         self._metrics = more if metrics is None else {**metrics, **more} if more else metrics
         return self._will_log
 
-    def _log(self, done: int, seconds: float) -> None:
-        parts = [self._name, f"{done}/{self._total or '?'}", self._speed(seconds)]
+    def _log(self, done: int, steps: int, seconds: float, waited: float) -> None:
+        parts = [self._name, f"{done}/{self._total or '?'}", self._speed(seconds / steps)]
         if self._total and done < self._total:
-            parts.append(f"ETA {_clock((self._total - done) * seconds)}")
-        parts += format_items(self._metrics, self._formatter, self._items_delimiter)
-        self._logger.log(self._level, self._delimiter.join(parts))
+            parts.append(f"ETA {_clock((self._total - done) * seconds / steps)}")
+        if waited > 0.1 * seconds and seconds > 1:
+            parts.append(f"waits for data {waited / seconds:.0%}")
+        parts += self._items()
+        # A terminal has the bar instead.
+        self._logger.log(self._level, self._delimiter.join(parts), extra={"progress": True})
+
+    def _items(self) -> list[str]:
+        return format_items(self._metrics, self._formatter, self._items_delimiter)
 
     def _speed(self, seconds: float) -> str:
         if seconds <= 0:

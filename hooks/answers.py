@@ -22,7 +22,7 @@ DEPENDENCIES = {
     "cookiecutter", "dora", "hatchling", "hydra", "mypy", "nox", "numpy", "omegaconf", "pil",
     "pillow", "pip", "pkg_resources", "pre_commit", "pytest", "pytest_timeout", "ruff",
     "scikit_learn", "scipy", "setuptools", "sklearn", "submitit", "tensorboard", "tensorflow",
-    "torch", "torchaudio", "torchvision", "treetable", "wandb",
+    "torch", "torchaudio", "torchvision", "tqdm", "treetable", "wandb",
 }  # fmt: skip
 FOLDERS = {
     "bin", "build", "conf", "config", "conftest", "core", "dist", "docs", "example", "examples",

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,22 +110,63 @@ def test_files_hold_no_colours(tmp_path: Path, capsys: pytest.CaptureFixture[str
     setup_logging(with_file_log=False)
 
 
-def test_a_terminal_shows_colours(tmp_path: Path) -> None:
-    pty = pytest.importorskip("pty")
-    code = (
-        "import logging; from {}.logging import bold, setup_logging;"
-        "setup_logging(folder='.'); logging.getLogger('x').warning(bold('hello'))"
-    ).format(".".join(__name__.split(".")[:-2]))
+def in_a_terminal(code: str, folder: Path) -> str:
+    """What a program shows in a real (pseudo) terminal; `logging` and `core` are imported."""
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    package = ".".join(__name__.split(".")[:-2])
     seen, stderr = pty.openpty()
+    termios.tcsetwinsize(stderr, (20, 120))
     root = Path(__file__).parents[len(__name__.split(".")) - 1]
     env = os.environ | {"PYTHONPATH": str(root)}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, stderr=stderr, check=True)
-    line = os.read(seen, 1000).decode()
+    full = f"import logging, {package} as core; core.setup_logging(folder='.'); {code}"
+    subprocess.run([sys.executable, "-c", full], cwd=folder, env=env, stderr=stderr, check=True)
+    shown = os.read(seen, 100_000).decode()
     os.close(seen)
     os.close(stderr)
-    assert "\x1b[1mhello\x1b[0m" in line
-    assert "\x1b[33mWARNING" in line
+    return shown
+
+
+def test_a_terminal_shows_colours(tmp_path: Path) -> None:
+    shown = in_a_terminal("logging.getLogger('x').warning(core.bold('hello'))", tmp_path)
+    assert "\x1b[1mhello\x1b[0m" in shown
+    assert "\x1b[33mWARNING" in shown
     assert "\x1b" not in (tmp_path / "solver.log.0").read_text()
+
+
+LOOP = """
+import time
+bar = core.LogProgressBar(logging.getLogger('x'), range(4), name='Train', updates=2)
+for step in bar:
+    bar.update(loss=step / 3)
+    time.sleep(0.6)
+    if step == 2:
+        logging.getLogger('x').info('a line of its own')
+"""
+
+
+def test_a_terminal_shows_a_live_bar_and_files_the_lines(tmp_path: Path) -> None:
+    shown = in_a_terminal(f"exec({LOOP!r})", tmp_path)
+    assert "Train:  75%" in shown
+    assert "loss 0.333" in shown
+    assert "INFO\x1b[0m] - a line of its own" in shown
+    assert "Train | " not in shown
+    lines = (tmp_path / "solver.log.0").read_text()
+    assert "Train | 2/4 | 1.6" in lines
+    assert "Train | 4/4 | " in lines
+    assert "a line of its own" in lines
+
+
+def test_waiting_for_data_is_said(said: list[str]) -> None:
+    def slow() -> Iterator[int]:
+        for step in range(4):
+            time.sleep(0.3 if waits else 0.02)
+            yield step
+
+    for waits in (True, False):
+        for _ in LogProgressBar(LOGGER, slow(), total=4, updates=1):
+            time.sleep(0 if waits else 0.5)
+    assert "waits for data " in said[0]
+    assert "waits for data" not in said[1]
 
 
 def test_averages() -> None:
