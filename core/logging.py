@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from . import distrib
+from . import distrib, process_group
 from .formatter import Formatter
 from .state import plain
 from .trackers import LocalFiles, TensorBoard, Tracker, WandB
@@ -48,8 +49,9 @@ def setup_logging(
 ) -> None:
     """Send log records to stderr, and to one file for each rank.
 
-    Ranks above zero write their file in full, and to stderr warnings and errors only. Calling it
-    again replaces what the last call set up.
+    Ranks above zero write their file in full, and to stderr warnings and errors only. An exception
+    that nobody catches is logged as well, and shown by rank zero. Calling it again replaces what
+    the last call set up.
 
     Args:
         with_file_log: write the file.
@@ -73,6 +75,17 @@ def setup_logging(
         file.setFormatter(_LineFormatter(colours=False))
         root.addHandler(file)
     logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    logging.getLogger(__name__).critical("The run failed", exc_info=(kind, error, trace))
+    process_group.report_failure(error)
 
 
 class _Terminal(logging.Handler):

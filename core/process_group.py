@@ -171,6 +171,9 @@ def leave() -> None:
 
 
 def _leave_at_exit() -> None:
+    for other, error in _failures().items():
+        if other != rank() and is_rank_zero():
+            logger.error("Rank %d failed: %s", other, error)
     if _broken:  # a collective that will never end would hold us here until its timeout
         logging.shutdown()
         sys.stdout.flush()
@@ -249,6 +252,23 @@ def wait(work: Any, what: str) -> None:
         _tell("")
 
 
+def report_failure(error: BaseException) -> None:
+    """Leave word that this rank ends with an error, for rank zero to show it."""
+    if _store is not None:
+        with suppress(RuntimeError):
+            _store.set(f"failed {rank()}", f"{type(error).__name__}: {error}")
+
+
+def _failures() -> dict[int, str]:
+    """The error of each rank that left word of one."""
+    failures = {}
+    for other in range(world_size()):
+        with suppress(RuntimeError):
+            if _store is not None and _store.check([f"failed {other}"]):
+                failures[other] = _store.get(f"failed {other}").decode()
+    return failures
+
+
 def _tell(what: str, items: Sequence[str] = ()) -> None:
     """Leave word for the other ranks: in which collective we are, none if it is done."""
     if _store is not None:
@@ -276,6 +296,8 @@ def _differences(what: str, items: Sequence[str] = ()) -> str:
     """Say where each rank is, once all have left word or had the time to."""
     deadline = time.monotonic() + 1.5 * PATIENCE
     while len(words := _words()) < world_size() and time.monotonic() < deadline:
+        if failed := _failures():
+            return "; ".join(f"rank {other} failed: {error}" for other, error in failed.items())
         time.sleep(0.05)
     said = [f"rank {rank()} is in {what}"]
     for other in range(world_size()):

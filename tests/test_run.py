@@ -68,6 +68,20 @@ def test_ctrl_c_and_on(project: Path) -> None:
     assert len(history(project)) == 40
 
 
+def test_an_error_on_another_rank_is_shown_and_ends_the_run(project: Path) -> None:
+    solver = project / "my_research" / "solver.py"
+    fails = 'if distrib.rank() == 1 and self.epoch == 2:\n            raise ValueError("mine")\n'
+    text = solver.read_text().replace("        self.model.train()\n", f"        {fails}", 1)
+    solver.write_text(text)
+    process = start(project, "dora", "run", "-d", "--ddp_workers=2", "trackers=[]", "device=cpu")
+    said = finish(process, code=1)
+    assert "Rank 1 failed: ValueError: mine" in said
+    assert "The run failed" in said
+    [log] = project.glob("outputs/xps/*/solver.log.1")
+    assert "ValueError: mine" in log.read_text()
+    assert len(history(project)) == 1
+
+
 def test_torchrun_on_two_machines_that_are_one(project: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -299,6 +299,40 @@ def test_unused_and_frozen_parameters() -> None:
         assert found == [[0.5, 0.5], [0.5, 0.5], None, None], found
 
 
+def _unusual() -> dict[str, Any]:
+    """Tied weights, buffers and parameters of all types; and no parameter at all."""
+    rank = distrib.rank()
+    tied = nn.Linear(2, 2, bias=False)
+    model = nn.Sequential(tied, tied)
+    model.register_buffer("wave", torch.full((2,), complex(rank, 1)))
+    model.register_buffer("count", torch.tensor(rank + 5))
+    model.short = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    model.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with torch.no_grad():
+        tied.weight.fill_(1.0)
+    with distrib.eager_sync_model(model):
+        loss = model(torch.full((1, 2), rank + 1.0)).sum()
+        loss = loss + (model.short * (60000.0 * rank)).sum() + (model.phase * 1j * rank).real.sum()
+        loss.backward()
+    distrib.sync_gradients([])
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        **{name: grad.flatten().tolist() for name, grad in named.items()},
+        "wave": model.wave.tolist(),  # type: ignore[operator]
+        "count": int(model.count),  # type: ignore[arg-type]
+    }
+
+
+def test_unusual_models() -> None:
+    for found in on_ranks(_unusual):
+        assert isinstance(found, dict), found
+        assert found["0.weight"] == pytest.approx([6.0] * 4)
+        assert found["short"] == pytest.approx([30000.0] * 3, rel=0.01)
+        assert found["phase"] == [-0.5j, -0.5j]
+        assert found["wave"] == [0.5 + 1j] * 2
+        assert found["count"] == 5
+
+
 def _misuse() -> list[Any]:
     said: list[Any] = []
     p = nn.Parameter(torch.ones(2))
