@@ -53,17 +53,6 @@ class Tracker(ABC):
         """Log a text."""
 
 
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a nested dict to dotted names; what is no number, string or bool becomes text."""
-    flat: dict[str, Any] = {}
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str)) else str(value)
-    return flat
-
-
 def check_audio(audio: Any) -> torch.Tensor:
     """Return audio as a float tensor `[C, T]` on the CPU; ValueError if it is none."""
     tensor = torch.as_tensor(audio).detach().cpu()

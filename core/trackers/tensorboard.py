@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from ..utils import flatten
 from ..xp import XP
-from .base import Tracker, flatten
+from .base import Tracker
 
 
 class TensorBoard(Tracker):
@@ -50,8 +51,10 @@ class TensorBoard(Tracker):
     def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
+        flat = flatten(params)
+        values = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in flat.items()}
         # SummaryWriter.add_hparams would make a run of its own each time.
-        self._hyperparams += hparams(flatten(params), dict(metrics))
+        self._hyperparams += hparams(values, dict(metrics))
 
     def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
         for name, value in metrics.items():
