@@ -300,6 +300,7 @@ class _Layout:
         self._bucket_of = {i: bucket for bucket in self._buckets[:-1] for i in bucket.places}
         self._watched: list[nn.Parameter] | None = None
         self._hooks: list[Any] = []
+        self._start()
 
     def fits(self, params: list[nn.Parameter]) -> bool:
         """Is this the layout of these very parameters?"""
@@ -314,10 +315,12 @@ class _Layout:
             for i in self._bucket_of:
                 hook = functools.partial(self._arrive, i)
                 self._hooks.append(params[i].register_post_accumulate_grad_hook(hook))
-        self._start()
         self._watched = params
         try:
             yield
+        except BaseException:
+            self._start()  # what is on its way belongs to a step that never was
+            raise
         finally:
             self._watched = None
 
@@ -327,6 +330,7 @@ class _Layout:
             hook.remove()
 
     def _start(self) -> None:
+        """Expect the gradients of the next step."""
         for bucket in self._buckets:
             bucket.start()
         self._next = 0
@@ -350,6 +354,7 @@ class _Layout:
             bucket.wait(f"sync_gradients of {len(params)} parameters")
         for bucket in self._buckets:
             bucket.put(params, self._buckets[-1].flags)
+        self._start()
 
 
 def _grouped(params: list[nn.Parameter]) -> list[list[int]]:
@@ -391,10 +396,9 @@ class _Bucket:
         like = chosen[0] if chosen else params[0] if params else torch.empty(0)
         self._flat = like.detach().new_empty(sum(sizes) + flags)
         *parts, self.flags = self._flat.split([*sizes, flags])
-        self._parts = (
-            [] if self.alone else [p.view_as(q) for p, q in zip(parts, chosen, strict=True)]
-        )
-        self.start()
+        self._parts = []
+        if not self.alone:
+            self._parts = [p.view_as(like) for p, like in zip(parts, chosen, strict=True)]
 
     def start(self) -> None:
         """Expect the gradients."""
@@ -438,7 +442,6 @@ class _Bucket:
     def wait(self, what: str) -> None:
         """Wait for the averages."""
         _finish(self.work, self.sent, what)
-        self.work = None
 
     def put(self, params: list[nn.Parameter], flags: torch.Tensor) -> None:
         """Give the parameters their averages."""

@@ -347,6 +347,10 @@ def _misuse() -> list[Any]:
             sum(p.sum() for p in big).backward()  # type: ignore[union-attr]
     except RuntimeError as error:
         said.append(str(error))
+    for p in big:
+        p.grad = torch.full_like(p, distrib.rank())
+    distrib.sync_gradients(big)  # what was on its way is forgotten
+    said.append([float(p.grad[0]) for p in big if p.grad is not None])
     q = nn.Parameter(torch.ones(2))
     try:
         with distrib.eager_sync_gradients([q]):
@@ -363,9 +367,10 @@ def _misuse() -> list[Any]:
 
 
 def test_misuse_and_exceptions_in_the_body() -> None:
-    for both, second, mine, sparse in on_ranks(_misuse, timeout=20):
+    for both, second, after, mine, sparse in on_ranks(_misuse, timeout=20):
         assert both == [1.5, 1.5]  # nothing was sent before the end
         assert "second backward pass" in second
+        assert after == [0.5, 0.5]
         assert mine == "mine"
         assert "weight: [3, 2] float32 on cpu has a sparse gradient" in sparse
 
