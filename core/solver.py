@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from . import checkpoint, distrib, loader
 from .formatter import Formatter
 from .logging import LogProgressBar, ResultLogger, to_numbers
-from .state import AttributeWrapper, RNGState, StateDict, StateManager, plain
+from .state import AttributeWrapper, RNGState, StateDict, StateManager, plain, summary
 from .utils import flatten
 from .xp import XP, FolderXP, get_xp, in_signature
 
@@ -204,6 +204,17 @@ class BaseSolver:
 
     def _start_epoch(self) -> None:
         self._pending_metrics: dict[str, Any] = {}
+
+    def log_start(self) -> None:
+        """Say what starts: where it lives, its config, its modules. All ranks must call it."""
+        from omegaconf import OmegaConf
+
+        tree = OmegaConf.to_yaml(plain(self.xp.cfg, "the config"))
+        self.logger.info("Config of run %s:\n%s", self.xp.sig, tree.rstrip())
+        for name, source in self.stateful.sources.items():
+            if isinstance(source, AttributeWrapper) and (about := summary(source.value)):
+                self.logger.info("%s: %s", name, about)
+        self.logger.info("Run %s starts with epoch %d: %s", self.xp.sig, self.epoch, self.folder)
 
     # ------------------------------------------------------------------------------------- state
 

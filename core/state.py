@@ -6,6 +6,7 @@ import logging
 import math
 import random
 import weakref
+import zlib
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -49,7 +50,7 @@ class AttributeWrapper:
     def __init__(self, owner: Any, name: str) -> None:
         self.name = name
         self._owner = weakref.ref(owner)
-        self._get()
+        self.value  # noqa: B018
 
     def _parent(self) -> tuple[Any, str]:
         *path, last = self.name.split(".")
@@ -58,7 +59,9 @@ class AttributeWrapper:
             parent = getattr(parent, part)
         return parent, last
 
-    def _get(self) -> Any:
+    @property
+    def value(self) -> Any:
+        """The attribute."""
         try:
             parent, last = self._parent()
             return getattr(parent, last)
@@ -67,7 +70,7 @@ class AttributeWrapper:
 
     def state_dict(self) -> Any:
         """The attribute's state; a list or dict is copied, so later changes don't reach it."""
-        value = self._get()
+        value = self.value
         if isinstance(value, nn.Module):
             return module_state(value)
         if isinstance(value, StateDictSource):
@@ -76,7 +79,7 @@ class AttributeWrapper:
 
     def load_state_dict(self, state: Any) -> None:
         """Restore the attribute, in place where it can be."""
-        value = self._get()
+        value = self.value
         if isinstance(value, nn.Module):
             load_module_state(value, state)
         elif isinstance(value, torch.optim.Optimizer):
@@ -97,7 +100,7 @@ class AttributeWrapper:
 
     def reconcile(self, state: Any) -> tuple[Any, list[str]]:
         """What of a state can be loaded, and by name what can't; for all but modules, all can."""
-        value = self._get()
+        value = self.value
         if not (isinstance(value, nn.Module) and isinstance(state, Mapping)):
             return state, []
         usable = module_state(value)
@@ -173,6 +176,29 @@ def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str
         about = {rename(name): value for name, value in state._metadata.items()}
         renamed._metadata = OrderedDict(about)  # type: ignore[attr-defined]
     return renamed
+
+
+def summary(value: Any) -> str:
+    """Of a module: its class, number of parameters, size, and a checksum of its weights.
+
+    Two runs whose checksums agree start from the same weights. Empty for anything but a module. All
+    ranks must call it.
+    """
+    if not isinstance(value, nn.Module):
+        return ""
+    count = sum(p.numel() for p in value.parameters())
+    trained = sum(p.numel() for p in value.parameters() if p.requires_grad)
+    some = "" if trained == count else f", {trained:,} of them trained"
+    checksum, size = 0, 0
+    for tensor in plain(module_state(value), copy=lambda t: t.detach().cpu()).values():
+        if isinstance(tensor, torch.Tensor):
+            size += tensor.nbytes
+            data = tensor.contiguous().view(-1).view(torch.uint8)
+            checksum = zlib.crc32(data.numpy().tobytes(), checksum)
+    return (
+        f"{type(_bare(value)).__name__}, {count:,} parameters{some}, {size / 2**20:.1f} MiB, "
+        f"weights {checksum:08x}"
+    )
 
 
 class WriteOnlyWrapper:

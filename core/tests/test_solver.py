@@ -48,6 +48,16 @@ class Solver(BaseSolver):
         return dict(metrics)
 
 
+def test_a_start_is_described(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    solver = Solver(tmp_path)
+    solver.xp.cfg = {"optim": {"lr": 0.01}, "path": Path("x")}
+    solver.log_start()
+    assert f"Config of run {tmp_path.name}:\noptim:\n  lr: 0.01\npath: x" in caplog.text
+    assert "model: Sequential, 49 parameters" in caplog.text
+    assert f"starts with epoch 1: {tmp_path}" in caplog.text
+
+
 def losses(solver: BaseSolver) -> list[float]:
     return [epoch["train"]["loss"] for epoch in solver.history]
 

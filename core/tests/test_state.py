@@ -17,7 +17,16 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ..state import EMA, AttributeWrapper, Best, RNGState, StateManager, WriteOnlyWrapper, plain
+from ..state import (
+    EMA,
+    AttributeWrapper,
+    Best,
+    RNGState,
+    StateManager,
+    WriteOnlyWrapper,
+    plain,
+    summary,
+)
 
 
 class Owner:
@@ -238,3 +247,18 @@ def test_generators_are_restored_exactly() -> None:
     assert draw() == first
     RNGState().load_state_dict(state)
     assert draw() == first
+
+
+def test_a_summary_tells_weights_apart() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(3, 4)
+    model = nn.Sequential(linear, nn.BatchNorm1d(4)).to(torch.bfloat16)
+    before = summary(model)
+    assert before.startswith("Sequential, 24 parameters, 0.0 MiB, weights ")
+    assert summary(model) == before
+    linear.bias.requires_grad_(False)
+    assert "24 parameters, 20 of them trained" in summary(model)
+    with torch.no_grad():
+        linear.bias.add_(1)
+    assert summary(model)[-8:] != before[-8:]
+    assert summary(torch.zeros(1)) == ""

@@ -27,6 +27,8 @@ class Solver(BaseSolver):
         self.restore()
         if self.epoch > self.cfg.epochs:
             self.logger.info("Run %s is complete, nothing to do: %s", self.xp.sig, self.folder)
+            return
+        self.log_start()
         # Epochs count from 1.
         for _ in range(self.epoch, self.cfg.epochs + 1):
             # A stage reports its metrics under its name.

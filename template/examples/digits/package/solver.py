@@ -63,7 +63,7 @@ class Solver(BaseSolver):
         if self.epoch > self.cfg.epochs:
             self.logger.info("Run %s is complete, nothing to do: %s", self.xp.sig, self.folder)
             return
-        self.logger.info("Run %s starts with epoch %d: %s", self.xp.sig, self.epoch, self.folder)
+        self.log_start()
         self.log_hyperparams(self.xp.cfg)
         for _ in range(self.epoch, self.cfg.epochs + 1):
             self.run_stage("train", self.train)
