@@ -127,6 +127,8 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
     )
     _store = PrefixStore("whereabouts", store)
     atexit.register(_leave_at_exit)
+    if sys.version_info < (3, 12):
+        os.register_at_fork(before=_settle)
     _end_with_launcher()
     logger.info("Process group: rank %d of %d, %s", rank(), world_size(), dist.get_backend())
 
@@ -160,6 +162,15 @@ def _end_with_launcher() -> None:
         os._exit(1)  # the training may be deep in a collective; a checkpoint is safe at any time
 
     threading.Thread(target=watch, daemon=True, name="launcher").start()
+
+
+def _settle() -> None:
+    """Let gloo's threads end what they do before a fork, such as that of a loader's worker.
+
+    Until 3.12, a child hangs if another thread was creating its Python state at that moment
+    (CPython's issue 112275), as gloo's do to free the tensors of a collective that just ended.
+    """
+    time.sleep(0.002)
 
 
 def leave() -> None:
