@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ def averager(beta: float = 1.0) -> Callable[..., Averages]:
     """Return a function that averages metrics over the steps of a stage.
 
     The function takes the metrics of one step and their weight (usually the number of examples)
-    and returns the averages so far: see `Averages`. A metric may be absent from some steps.
+    and returns the averages so far: see `Averages`. A metric may be absent from some steps; called
+    twice for a step, it takes metrics of different weights.
 
     Args:
         beta: forgetting factor of the exponential moving average; 1 weighs all steps alike.
@@ -31,31 +32,78 @@ class Averages(Mapping[str, float]):
     no number is left out and counted: `loss.nonfinite` is how many steps had such a `loss`.
     """
 
+    # Steps wait in a list, and are summed a fixed number at a time: so the order of the sums does
+    # not depend on when somebody looks, and a resumed run agrees to the last bit.
+    CHUNK = 256
+
     def __init__(self, beta: float = 1.0) -> None:
         self._beta = beta
-        self._metrics: dict[str, _Average] = {}
+        self._columns: dict[str, int] = {}
+        self._steps: list[_Step] = []
+        self._sums = torch.zeros(0, 3)
         self._seen: dict[str, float] | None = {}
 
     def add(self, metrics: Mapping[str, Any], weight: Any = 1.0) -> Averages:
         """Take in the metrics of one step: numbers, or tensors of one element."""
         self._seen = None
+        tensors: dict[str, torch.Tensor] = {}
+        numbers: dict[str, Any] = {}
         for name, value in metrics.items():
-            average = self._metrics.get(name)
-            if average is None:
-                average = self._metrics[name] = _Average(name, self._beta)
-            average.add(value, weight)
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value
+            else:
+                numbers[name] = _number(name, value)
+            if name not in self._columns:
+                self._columns[name] = len(self._columns)
+        row = _row(tensors) if tensors else None
+        weight = _row({"weight": weight}) if isinstance(weight, torch.Tensor) else weight
+        self._steps.append(_Step((*tensors, *numbers), row, [*numbers.values()], weight))
+        if len(self._steps) == self.CHUNK:
+            self._sums = self._sum()
+            self._steps = []
         return self
 
     def _look(self) -> dict[str, float]:
         if self._seen is None:
             self._seen = {}
-            for name, average in self._metrics.items():
-                total, weight, nonfinite = average.sums().tolist()
+            for name, sums in zip(self._columns, self._sum().tolist(), strict=True):
+                total, weight, nonfinite = sums
                 if weight:
                     self._seen[name] = total / weight
                 if nonfinite:
                     self._seen[f"{name}.nonfinite"] = nonfinite
         return self._seen
+
+    def _sum(self) -> torch.Tensor:
+        """Of each metric, the weighted sum, the sum of weights, and the count of nonfinite values.
+
+        Shape `[metrics, 3]`.
+        """
+        rows = [step.row for step in self._steps if step.row is not None]
+        device = rows[0].device if rows else self._sums.device
+        shape = len(self._steps), len(self._columns)
+        values = torch.zeros(shape, dtype=_accurate(device), device=device)
+        present = torch.zeros_like(values, dtype=torch.bool)
+        alike: dict[tuple[tuple[str, ...], int], list[int]] = {}
+        for index, step in enumerate(self._steps):
+            alike.setdefault((step.names, len(step.numbers)), []).append(index)
+        for (names, _), steps in alike.items():
+            columns = _send([self._columns[name] for name in names], device, torch.long)
+            where = _send(steps, device, torch.long)[:, None], columns
+            values[where] = _block([self._steps[index] for index in steps], device)
+            present[where] = True
+
+        finite = values.isfinite()
+        weights = _weights(self._steps, device)[:, None] * present
+        if self._beta != 1:
+            ages = present.to(values).flip(0).cumsum(0).flip(0) - 1
+            weights = weights * self._beta**ages
+        weights = weights * finite
+        total = (values.where(finite, 0.0) * weights).sum(0)
+        sums = torch.stack([total, weights.sum(0), (present & ~finite).sum(0)], 1)
+        past = F.pad(self._sums.to(sums), (0, 0, 0, len(sums) - len(self._sums)))
+        past[:, :2] *= self._beta ** present.to(values).sum(0)[:, None]
+        return past + sums
 
     def __getitem__(self, name: str) -> float:
         return self._look()[name]
@@ -70,65 +118,66 @@ class Averages(Mapping[str, float]):
         return repr(self._look())
 
 
-class _Average:
-    """Of one metric. Steps wait in a list, and are summed a fixed number at a time.
+class _Step(NamedTuple):
+    """Metrics of one step: first those that are tensors, in one row, then numbers."""
 
-    So the order of the sums does not depend on when somebody looks, and a resumed run agrees with
-    an undisturbed one to the last bit.
-    """
-
-    CHUNK = 256
-
-    def __init__(self, name: str, beta: float) -> None:
-        self._name = name
-        self._beta = beta
-        self._values: list[Any] = []
-        self._weights: list[Any] = []
-        self._sums: torch.Tensor | None = None
-
-    def add(self, value: Any, weight: Any) -> None:
-        """Take in one step."""
-        if isinstance(value, torch.Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"average of {self._name}: a metric has one element, not {value}")
-            value = value.detach().clone()  # for whoever changes it afterwards
-            if value.ndim:
-                value = value.view(())
-        self._values.append(value)
-        self._weights.append(weight)
-        if len(self._values) == self.CHUNK:
-            self._sums = self.sums()
-            self._values, self._weights = [], []
-
-    def sums(self) -> torch.Tensor:
-        """Weighted sum of the finite values; sum of their weights; number of others. `[3]`."""
-        values, weights = _column(self._values), _column(self._weights)
-        weights = weights.to(values.device)
-        count = len(values)
-        if self._beta != 1:
-            ages = torch.arange(count - 1, -1, -1, device=values.device, dtype=values.dtype)
-            weights = weights * self._beta**ages
-        finite = values.isfinite()
-        weights = weights * finite
-        values = values.where(finite, 0.0)
-        sums = torch.stack([(values * weights).sum(), weights.sum(), (~finite).sum()])
-        if self._sums is not None:
-            past = self._sums.to(sums.device)
-            sums = sums + torch.cat([past[:2] * self._beta**count, past[2:]])
-        return sums
+    names: tuple[str, ...]
+    row: torch.Tensor | None
+    numbers: list[Any]
+    weight: Any
 
 
-def _column(values: list[Any]) -> torch.Tensor:
-    """Numbers and tensors of one element as one tensor, in the dtype to sum them in."""
-    tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    # Half precision loses a step after some thousands.
-    accurate = torch.float32 if device.type == "mps" else torch.float64
-    if not tensors:
-        return torch.tensor(values, dtype=accurate)
-    if len(tensors) < len(values) or len({(t.dtype, t.device) for t in tensors}) > 1:
-        tensors = [torch.as_tensor(v, dtype=accurate, device=device) for v in values]
-    return torch.stack(tensors).to(accurate)
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"average of {name}: {value!r} is not a number") from None
+
+
+def _row(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A copy of tensors of one element, `[metrics]`."""
+    values = [*tensors.values()]
+    if len({value.dtype for value in values}) == 1:
+        try:
+            row = torch.stack(values).detach()
+        except RuntimeError:  # of several shapes, or devices
+            pass
+        else:
+            if row.ndim == 1:
+                return row
+    for name, value in tensors.items():
+        if value.numel() != 1:
+            raise ValueError(f"average of {name}: a metric has one element, not {value}")
+    device = next((v.device for v in values if v.device.type != "cpu"), values[0].device)
+    return torch.stack([v.detach().reshape(()).to(device, _accurate(device)) for v in values])
+
+
+def _block(steps: list[_Step], device: torch.device) -> torch.Tensor:
+    """Values of steps that have the same metrics, `[steps, metrics]`."""
+    numbers = _send([step.numbers for step in steps], device)
+    rows = [step.row.to(device) for step in steps if step.row is not None]
+    return torch.cat([torch.stack(rows).to(numbers), numbers], 1) if rows else numbers
+
+
+def _weights(steps: list[_Step], device: torch.device) -> torch.Tensor:
+    """Weights of steps, `[steps]`."""
+    weights = [step.weight for step in steps]
+    if not any(isinstance(weight, torch.Tensor) for weight in weights):
+        return _send(weights, device)
+    rows = [w if isinstance(w, torch.Tensor) else torch.tensor([w]) for w in weights]
+    return torch.cat([row.to(device, _accurate(device), non_blocking=True) for row in rows])
+
+
+def _send(
+    numbers: list[Any], device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Numbers as a tensor on a device, without waiting for it."""
+    return torch.tensor(numbers, dtype=dtype or _accurate(device)).to(device, non_blocking=True)
+
+
+def _accurate(device: torch.device) -> torch.dtype:
+    """The dtype to sum in: lower precision loses a step after some thousands."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -180,6 +180,30 @@ def test_averages() -> None:
     assert moving({"a": 3.0})["a"] == 2.0
     with pytest.raises(ValueError, match="average of x: a metric has one element"):
         average({"x": torch.zeros(2)})
+    with pytest.raises(ValueError, match="average of x: 'high' is not a number"):
+        average({"x": "high"})
+
+
+def test_averages_of_metrics_of_many_kinds() -> None:
+    average = averager()
+    large = 2**24 + 1  # no float32
+    found = average({"n": torch.tensor(large), "x": torch.tensor(0.5, dtype=torch.bfloat16)})
+    assert found == {"n": large, "x": 0.5}
+    found = average({"x": torch.tensor([[1.5]]), "hit": torch.tensor(True)})
+    assert found == {"n": large, "x": 1.0, "hit": 1.0}
+    buffer = torch.tensor(1.0)
+    average({"y": buffer})
+    assert average({"y": buffer.add_(2)}) == {"n": large, "x": 1.0, "hit": 1.0, "y": 2.0}
+
+
+def test_a_metric_forgets_in_its_own_steps() -> None:
+    average, alone = averager(0.5), averager(0.5)
+    for step in range(600):
+        if step % 7 == 0:
+            expected = alone({"x": float(step)})["x"]
+            average({"x": float(step), "y": torch.tensor(0.0)})
+        found = average({"y": torch.tensor(1.0)})
+    assert found["x"] == expected
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.99])
