@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -137,6 +137,7 @@ class LogProgressBar(Generic[T]):
         items_delimiter: between a metric's name and value.
         formatter: of the metrics.
         min_seconds: least time between two lines.
+        on_log: called with each line.
     """
 
     def __init__(
@@ -153,10 +154,11 @@ class LogProgressBar(Generic[T]):
         items_delimiter: str = " ",
         formatter: Formatter | None = None,
         min_seconds: float = 0.0,
+        on_log: Callable[[], None] | None = None,
     ) -> None:
         self._logger = logger
         self._iterable = iterable
-        self._total = total if total is not None else _length(iterable)
+        self._total = total if total is not None else length(iterable)
         if self._total is None:
             self._every, self._seconds = max(1, min_interval), max(10.0, min_seconds)
         else:
@@ -169,6 +171,7 @@ class LogProgressBar(Generic[T]):
         self._delimiter = f" {delimiter} "
         self._items_delimiter = items_delimiter
         self._formatter = formatter or Formatter()
+        self._on_log = on_log
         self._metrics: Mapping[str, Any] = {}
         self._will_log = False
 
@@ -236,6 +239,8 @@ class LogProgressBar(Generic[T]):
         parts += self._items()
         # A terminal has the bar instead.
         self._logger.log(self._level, self._delimiter.join(parts), extra={"progress": True})
+        if self._on_log is not None:
+            self._on_log()
 
     def _items(self) -> list[str]:
         return format_items(self._metrics, self._formatter, self._items_delimiter)
@@ -248,7 +253,8 @@ class LogProgressBar(Generic[T]):
         return f"{seconds:.2f} sec/it" if seconds >= 1 else f"{1000 * seconds:.1f} ms/it"
 
 
-def _length(iterable: Any) -> int | None:
+def length(iterable: Any) -> int | None:
+    """The number of items, if it is known."""
     try:
         return len(iterable)
     except TypeError:
@@ -296,6 +302,8 @@ class ResultLogger:
         self._items_delimiter = items_delimiter
         self._xp = xp or get_xp()
         self._failed: set[Tracker] = set()
+        self._points: list[tuple[str, dict[str, Any], int, int]] = []
+        self._resumed: tuple[int, Container[str], Mapping[str, int]] | None = None
         self.trackers: list[Tracker] = []
         self.add_tracker(LocalFiles(self._xp))
 
@@ -303,6 +311,18 @@ class ResultLogger:
         """Send results to one more tracker."""
         if distrib.is_rank_zero():
             self.trackers.append(tracker)
+            if self._resumed is not None:
+                tracker.resume(*self._resumed)
+
+    def resume(
+        self, epoch: int, done: Container[str] = (), steps: Mapping[str, int] | None = None
+    ) -> None:
+        """Let trackers forget what is about to be repeated; see `Tracker.resume`.
+
+        If nobody calls it, the first value that is logged tells where the run goes on.
+        """
+        resumed = self._resumed = epoch, done, dict(steps or {})
+        self._send(lambda tracker: tracker.resume(*resumed))
 
     def init_tensorboard(
         self, with_media_logging: bool = True, name: str | None = None, sub_dir: str | None = None
@@ -336,25 +356,50 @@ class ResultLogger:
         formatter: Formatter | None = None,
     ) -> None:
         """Log the metrics of a stage, and write them as one summary line."""
+        self.flush()
         self._log_summary(stage, metrics, step, step_name, formatter)
         values = to_numbers(metrics)
-        self._send(lambda tracker: tracker.log_metrics(stage, values, step))
+        self._send(lambda tracker: tracker.log_metrics(stage, values, step), step)
+
+    def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
+        """Keep a point of the stage's curves by step: tensors stay on their device until `flush`.
+
+        Only trackers of rank zero get it, so the metrics are those of this rank's data.
+        """
+        if self.trackers:
+            copies = {
+                n: v.detach().clone() if isinstance(v, torch.Tensor) else v
+                for n, v in metrics.items()
+            }
+            self._points.append((stage, copies, step, epoch))
+
+    def flush(self) -> None:
+        """Send the points that wait, as each progress line and summary does."""
+        points, self._points = self._points, []
+        for point in points:
+            self._send_point(*point)
+
+    def _send_point(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
+        values = to_numbers(metrics)
+        if self._resumed is None:
+            self.resume(epoch, steps={stage: step - 1})
+        self._send(lambda tracker: tracker.log_step(stage, values, step, epoch))
 
     def log_audio(self, stage: str, key: str, audio: Any, sample_rate: int, step: int) -> None:
         """Log audio `[C, T]`, floats in -1..1."""
         audio = check_audio(audio)
-        self._send(lambda tracker: tracker.log_audio(stage, key, audio, sample_rate, step))
+        self._send(lambda tracker: tracker.log_audio(stage, key, audio, sample_rate, step), step)
 
     def log_image(self, stage: str, key: str, image: Any, step: int) -> None:
         """Log an image `[C, H, W]`, floats in 0..1 or bytes."""
         image = check_image(image)
-        self._send(lambda tracker: tracker.log_image(stage, key, image, step))
+        self._send(lambda tracker: tracker.log_image(stage, key, image, step), step)
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
         """Log a text."""
         if not isinstance(text, str):
             raise ValueError(f"a text must be a str, not a {type(text).__name__}")
-        self._send(lambda tracker: tracker.log_text(stage, key, text, step))
+        self._send(lambda tracker: tracker.log_text(stage, key, text, step), step)
 
     def get_log_progress_bar(
         self,
@@ -380,6 +425,7 @@ class ResultLogger:
             delimiter=self._delimiter,
             items_delimiter=self._items_delimiter,
             formatter=formatter,
+            on_log=self.flush,
         )
 
     def _log_summary(
@@ -396,7 +442,9 @@ class ResultLogger:
         parts += format_items(metrics, formatter or Formatter(), self._items_delimiter)
         self._logger.log(self._level, bold(f" {self._delimiter} ".join(parts)))
 
-    def _send(self, log: Callable[[Tracker], None]) -> None:
+    def _send(self, log: Callable[[Tracker], None], epoch: int | None = None) -> None:
+        if epoch is not None and self._resumed is None:
+            self.resume(epoch)
         for tracker in self.trackers:
             try:
                 log(tracker)

@@ -9,13 +9,13 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from . import checkpoint, distrib, loader
 from .formatter import Formatter
-from .logging import LogProgressBar, ResultLogger, to_numbers
+from .logging import LogProgressBar, ResultLogger, length, to_numbers
 from .state import AttributeWrapper, RNGState, StateDict, StateManager, plain, summary
 from .utils import flatten
 from .xp import XP, FolderXP, get_xp, in_signature
@@ -44,8 +44,9 @@ class BaseSolver:
         self.logger = logging.getLogger(type(self).__name__)
         self.result_logger = ResultLogger(self.logger, xp=self.xp)
         self.history: list[dict[str, Any]] = []
+        self.steps: dict[str, int] = {}
         self.stateful = StateManager()
-        self.register_stateful("history")
+        self.register_stateful("history", "steps")
         self.register_stateful("xp.cfg", "xp.sig", write_only=True)
         self.stateful.register("rng", RNGState())
         self._writer = checkpoint.Writer()
@@ -140,6 +141,7 @@ class BaseSolver:
                 self.logger.warning("Going on from epoch %d: %d lost", self.epoch, lost)
             self._publish(self.history)
             self._start_epoch()
+            self.result_logger.resume(self.epoch, steps=self.steps)
             self.replay_history()
         return True
 
@@ -326,13 +328,33 @@ class BaseSolver:
         """
         return self.result_logger.get_log_progress_bar(
             stage_name,
-            iterable,
+            self._count_steps(stage_name, iterable),
             updates=updates,
-            total=total,
+            total=total if total is not None else length(iterable),
             step=self.epoch,
             step_name="epoch",
             formatter=self.get_formatter(stage_name),
         )
+
+    def _count_steps(self, stage_name: str, iterable: Iterable[T]) -> Iterator[T]:
+        for item in iterable:
+            self.steps[stage_name] = self.steps.get(stage_name, 0) + 1
+            yield item
+
+    def log_step(self, metrics: Mapping[str, Any], every: int = 1) -> None:
+        """Log the metrics of one step: points of the running stage's curves by step.
+
+        For use in a loop over `log_progress`, which counts the steps in `self.steps`. Tensors are
+        read, and reach the trackers, when the next line is logged; they are those of rank zero.
+
+        Args:
+            metrics: numbers, or tensors of one element.
+            every: leave out all steps but each so-many-th; 0 leaves out all.
+        """
+        stage = self.current_stage
+        step = self.steps.get(stage, 0)
+        if every and step % every == 0:
+            self.result_logger.log_step(stage, metrics, step, self.epoch)
 
     def log_metrics(
         self, stage_name: str, metrics: Mapping[str, Any], formatter: Formatter | None = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import logging
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -279,12 +281,20 @@ def test_readonly_and_grid() -> None:
 
 
 def log_all(tracker: Tracker, epochs: range) -> None:
+    """Epochs of three steps each, by a run that was killed and goes on."""
+    tracker.resume(epochs[0], (), {"train": 3 * epochs[0] - 3})
     tracker.log_hyperparams({"optim": {"lr": 0.1}, "name": "x"}, {})
     for epoch in epochs:
+        for step in range(3 * epoch - 2, 3 * epoch + 1):
+            tracker.log_step("train", {"loss": 10.0 * step}, step, epoch)
         tracker.log_metrics("train", {"loss": 1.0 / epoch}, epoch)
     tracker.log_audio("train", "a", torch.zeros(2, 10), 8000, epochs[-1])
     tracker.log_image("train", "i", torch.tensor([[[float("nan"), 1.0]]]), epochs[-1])
     tracker.log_text("train", "t", "hello", epochs[-1])
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_local_files(tmp_path: Path) -> None:
@@ -293,9 +303,12 @@ def test_local_files(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"half')
     log_all(LocalFiles(xp), range(3, 5))
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
-    assert lines[1] == {"stage": "train", "epoch": 2, "loss": 0.5}
+    epochs = [row for row in rows(tmp_path) if "step" not in row]
+    assert [row["epoch"] for row in epochs] == [1, 2, 3, 4]
+    assert epochs[1] == {"stage": "train", "epoch": 2, "loss": 0.5}
+    steps = [row for row in rows(tmp_path) if "step" in row]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert steps[3] == {"stage": "train", "epoch": 2, "step": 4, "loss": 40.0}
     assert json.loads((tmp_path / "hyperparams.json").read_text())["params"]["optim"] == {"lr": 0.1}
     media = tmp_path / "outputs" / "train_4"
     assert np.array(Image.open(media / "i.png")).tolist() == [[0, 255]]
@@ -310,7 +323,11 @@ def test_tensorboard(tmp_path: Path) -> None:
     log_all(TensorBoard(xp), range(1, 4))
     log_all(TensorBoard(xp), range(3, 5))
     folder = tmp_path / "tensorboard"
-    assert all(path.is_file() for path in folder.iterdir())
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["train_steps"]
+    steps = events.EventAccumulator(str(folder / "train_steps"), size_guidance={"scalars": 0})
+    steps.Reload()
+    points = [(point.step, point.value) for point in steps.Scalars("train_steps/loss")]
+    assert points == [(step, 10.0 * step) for step in range(1, 13)]
     read = events.EventAccumulator(str(folder), size_guidance={"scalars": 0})
     read.Reload()
     points = [(point.step, point.value) for point in read.Scalars("train/loss")]
@@ -321,16 +338,101 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert any("train/t" in name for name in read.Tags()["tensors"])
 
 
+def read_wandb(folder: Path) -> Iterator[Any]:
+    """The records in a run's file: a LevelDB log, of blocks of 32 KiB, behind 7 bytes of W&B's."""
+    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    [path] = folder.glob("*.wandb")
+    data, position, whole = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        if 0 < (room := -position % 2**15) < 7:
+            position += room
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, position)
+        whole += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # a record, or the last part of one
+            yield messages.Record.FromString(whole)
+            whole = b""
+
+
+def wandb_rows(records: list[Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            ".".join([i.key, *i.nested_key]).strip("."): json.loads(i.value_json)
+            for i in r.history.item
+        }
+        for r in records
+        if r.HasField("history")
+    ]
+
+
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    tracker = WandB(FolderXP(tmp_path, sig="abc"), project="p")
-    assert not (tmp_path / "wandb").exists()
-    log_all(tracker, range(1, 3))
-    tracker._opened.finish()
-    [run] = (tmp_path / "wandb").glob("offline-run-*-abc")
-    assert next(run.glob("*.wandb")).stat().st_size > 0
+    numbers = []
+    for epochs in (range(1, 4), range(3, 5)):
+        before = set(tmp_path.glob("wandb/offline-run-*-abc"))
+        tracker = WandB(FolderXP(tmp_path, sig="abc"), project="p")
+        tracker.log_hyperparams({"lr": 1}, {})
+        assert set(tmp_path.glob("wandb/offline-run-*-abc")) == before, "a run without a value"
+        log_all(tracker, epochs)
+        tracker._opened.finish()
+        [folder] = set(tmp_path.glob("wandb/offline-run-*-abc")) - before
+        deadline = time.monotonic() + 20
+        records: list[Any] = []
+        while not any(record.HasField("exit") for record in records):
+            records = list(read_wandb(folder))
+            assert time.monotonic() < deadline, "the file is not complete"
+            time.sleep(0.1)
+        run = next(record.run for record in records if record.HasField("run"))
+        assert (run.run_id, run.project) == ("abc", "p")
+        changed = [
+            item
+            for record in records
+            for item in (*record.run.config.update, *record.config.update)
+        ]
+        assert {item.key for item in changed} >= {"optim", "name"}
+        axes = {r.metric.name: r.metric.step_metric for r in records if r.HasField("metric")}
+        assert axes["train_steps/loss"] == "train_steps/step"
+
+        logged = wandb_rows(records)
+        numbers += [row["_step"] for row in logged]
+        assert [row["epoch"] for row in logged if "train/loss" in row] == list(epochs)
+        steps = [row["train_steps/step"] for row in logged if "train_steps/loss" in row]
+        assert steps == list(range(3 * epochs[0] - 2, 3 * epochs[-1] + 1))
+        media = {row[key] for row in logged for key in row if key.endswith("._type")}
+        assert media == {"audio-file", "image-file", "table-file"}
+        time.sleep(1)  # W&B names a folder by the second
+    assert numbers == sorted(set(numbers)), "steps go backwards"
+
+
+def test_wandb_without_a_server(tmp_path: Path, said: list[str]) -> None:
+    pytest.importorskip("wandb")
+    code = (
+        "from {core}.trackers import WandB; from {core}.xp import FolderXP; import time, logging;"
+    )
+    code += "logging.basicConfig(); t = WandB(FolderXP('.', sig='abc'));"
+    code += "t.log_hyperparams(dict(lr=1), dict()); t.log_metrics('train', dict(loss=1.0), 1)"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    env |= {
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path / "none"),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    core = __package__.rpartition(".")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(core=core)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not logged in" in done.stderr
+    assert list(tmp_path.glob("wandb/offline-run-*-abc"))
 
 
 def test_results_reach_trackers_and_failures_are_said_once(tmp_path: Path, said: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import wave
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import IO, Any, Self
 
 import numpy as np
@@ -37,6 +37,22 @@ class Tracker(ABC):
     @abstractmethod
     def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
         """Log the metrics of one stage of one epoch."""
+
+    def log_step(  # noqa: B027
+        self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int
+    ) -> None:
+        """Log a point of the stage's curves by step; unless overridden, nowhere."""
+
+    def resume(  # noqa: B027
+        self, epoch: int, done: Container[str], steps: Mapping[str, int]
+    ) -> None:
+        """Forget what was logged after the point from which the run goes on.
+
+        Args:
+            epoch: in which it goes on.
+            done: stages of this epoch that are done.
+            steps: taken by each stage until then.
+        """
 
     @abstractmethod
     def log_audio(

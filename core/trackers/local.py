@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from .base import Tracker, to_bytes, write_wav
 class LocalFiles(Tracker):
     """Writes `metrics.jsonl`, `hyperparams.json`, and media to `outputs/<stage>_<epoch>/`.
 
+    In `metrics.jsonl`, a line without a `step` is the summary of a stage.
+
     Args:
         xp: the run.
         with_media_logging: write media as well.
@@ -24,27 +27,37 @@ class LocalFiles(Tracker):
 
     def __init__(self, xp: XP, with_media_logging: bool = True) -> None:
         super().__init__(xp, with_media_logging)
-        self._resumed = False
+        self._keep: Callable[[dict[str, Any]], bool] | None = None
 
     def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         with write_and_rename(self.xp.folder / "hyperparams.json", "w") as file:
             json.dump({"params": params, "metrics": metrics}, file, indent=2, default=str)
 
     def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        path = self.xp.folder / "metrics.jsonl"
-        if not self._resumed:
-            self._forget_from(path, step)
-        with path.open("a") as file:
-            file.write(json.dumps({"stage": stage, "epoch": step, **metrics}) + "\n")
+        self._write({"stage": stage, "epoch": step, **metrics})
 
-    def _forget_from(self, path: Path, step: int) -> None:
-        """Drop what a run that was killed wrote of the epochs that are about to be repeated."""
-        self._resumed = True
-        if path.exists():
+    def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
+        self._write({"stage": stage, "epoch": epoch, "step": step, **metrics})
+
+    def resume(self, epoch: int, done: Container[str], steps: Mapping[str, int]) -> None:
+        def keep(row: dict[str, Any]) -> bool:
+            step, stage = row.get("step"), row["stage"]
+            if row["epoch"] != epoch:
+                return bool(row["epoch"] < epoch)
+            return stage in done if step is None else bool(step <= steps.get(stage, 0))
+
+        self._keep = keep
+
+    def _write(self, row: dict[str, Any]) -> None:
+        path = self.xp.folder / "metrics.jsonl"
+        if self._keep and path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if _precedes(line, step)]
+            kept = [line for line in lines if (old := _parse(line)) and self._keep(old)]
             with write_and_rename(path, "w") as file:
                 file.writelines(kept)
+        self._keep = None
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def log_audio(
         self, stage: str, key: str, audio: torch.Tensor, sample_rate: int, step: int
@@ -71,9 +84,10 @@ class LocalFiles(Tracker):
             yield path
 
 
-def _precedes(line: str, step: int) -> bool:
-    """Is this a whole line of an earlier epoch?"""
-    try:
-        return line.endswith("\n") and bool(json.loads(line)["epoch"] < step)
-    except (ValueError, KeyError):
-        return False
+def _parse(line: str) -> dict[str, Any] | None:
+    """The row in a line; None if the line was torn when a run was killed."""
+    with suppress(ValueError):
+        row = json.loads(line)
+        if line.endswith("\n") and isinstance(row, dict) and {"stage", "epoch"} <= row.keys():
+            return row
+    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -32,21 +32,31 @@ class TensorBoard(Tracker):
         super().__init__(xp, with_media_logging)
         self.folder = xp.folder / (name or "tensorboard") / (sub_dir or "")
         self._hyperparams: list[Any] = []
-        self._opened: Any = None
+        self._writers: dict[str, Any] = {}
+        self._epoch: int | None = None
+        self._steps: Mapping[str, int] | None = None
 
-    def _writer(self, step: int) -> Any:
-        """The event writer, opened by the first value: a run that logs none leaves no file.
+    def resume(self, epoch: int, done: Container[str], steps: Mapping[str, int]) -> None:
+        # TensorBoard can be told to forget all from some step on. Of an epoch that is half done,
+        # nothing can be told apart: a point may then come twice, with the same value.
+        self._epoch = None if done else epoch
+        self._steps = steps
 
-        That value is of the epoch the run starts with: whatever a killed run wrote of this epoch
-        and later ones is about to be repeated, and TensorBoard is told to forget it.
-        """
-        if self._opened is None:
+    def _writer(self, folder: str = "", forget: int | None = None) -> Any:
+        """An event writer, opened by the first value: a run that logs none leaves no file."""
+        if folder not in self._writers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._opened = SummaryWriter(str(self.folder), purge_step=step)
+            path = str(self.folder / folder)
+            self._writers[folder] = SummaryWriter(path, purge_step=forget)
+        return self._writers[folder]
+
+    def _epochs(self) -> Any:
+        """The writer whose steps are epochs."""
+        writer = self._writer(forget=self._epoch)
         while self._hyperparams:
-            self._opened._get_file_writer().add_summary(self._hyperparams.pop(0))
-        return self._opened
+            writer._get_file_writer().add_summary(self._hyperparams.pop(0))
+        return writer
 
     def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         from torch.utils.tensorboard.summary import hparams
@@ -57,22 +67,33 @@ class TensorBoard(Tracker):
         self._hyperparams += hparams(values, dict(metrics))
 
     def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                self._writer(step).add_scalar(f"{stage}/{name}", value, step)
-        self._writer(step).flush()
+        writer = self._epochs()
+        _add(writer, stage, metrics, step)
+        writer.flush()
+
+    def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
+        # In a folder of their own, for what is to be forgotten is a number of steps, not of epochs.
+        name = f"{stage}_steps"
+        forget = None if self._steps is None else self._steps.get(stage, 0) + 1
+        _add(self._writer(name, forget), name, metrics, step)
 
     def log_audio(
         self, stage: str, key: str, audio: torch.Tensor, sample_rate: int, step: int
     ) -> None:
         if self.with_media_logging:
             mono = audio.mean(0, keepdim=True)  # all that the writer can encode
-            self._writer(step).add_audio(f"{stage}/{key}", mono, step, sample_rate)
+            self._epochs().add_audio(f"{stage}/{key}", mono, step, sample_rate)
 
     def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
         if self.with_media_logging:
-            self._writer(step).add_image(f"{stage}/{key}", image.nan_to_num(0.0).clamp(0, 1), step)
+            self._epochs().add_image(f"{stage}/{key}", image.nan_to_num(0.0).clamp(0, 1), step)
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
         if self.with_media_logging:
-            self._writer(step).add_text(f"{stage}/{key}", text, step)
+            self._epochs().add_text(f"{stage}/{key}", text, step)
+
+
+def _add(writer: Any, group: str, metrics: Mapping[str, Any], step: int) -> None:
+    for name, value in metrics.items():
+        if isinstance(value, (int, float)):
+            writer.add_scalar(f"{group}/{name}", value, step)

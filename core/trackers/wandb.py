@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import logging
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +13,10 @@ import torch
 
 from ..xp import XP
 from .base import Tracker, to_bytes, write_wav
+
+logger = logging.getLogger(__name__)
+
+OFFLINE_ROWS = 10**6  # that one start of a run may log
 
 
 class WandB(Tracker):
@@ -37,32 +44,65 @@ class WandB(Tracker):
         self.project = project
         self.name = name or xp.sig
         self.group = group
+        self._hyperparams: dict[str, Mapping[str, Any]] = {}
+        self._axes: set[str] = set()
+        self._rows = itertools.count()
         self._opened: Any = None
 
     def _run(self) -> Any:
-        """W&B's run, opened by the first value: a run that logs none starts none."""
+        """W&B's run, opened by the first value: until then, nothing is asked of the network."""
         if self._opened is None:
-            import wandb
-
-            self._opened = wandb.init(
-                project=self.project,
-                name=self.name,
-                group=self.group,
-                id=self.xp.sig,
-                dir=self.xp.folder,
-                resume="allow",
-            )
-            # An axis of our own: W&B's step only grows, also when an epoch is repeated.
+            self._opened = self._open()
+            # W&B's step may only grow, also when an epoch is repeated: so axes are of our own, and
+            # rows just get numbers. Offline, W&B does not know how far an earlier start came.
+            starts = len(list((self.xp.folder / "wandb").glob(f"offline-run-*-{self.xp.sig}")))
+            earlier = OFFLINE_ROWS * (starts - 1) if starts else 0
+            self._rows = itertools.count(max(self._opened.step, earlier))
             self._opened.define_metric("epoch")
             self._opened.define_metric("*", step_metric="epoch")
+        if self._hyperparams:
+            self._opened.config.update(self._hyperparams["params"], allow_val_change=True)
+            self._opened.summary.update(self._hyperparams["metrics"])
+            self._hyperparams = {}
         return self._opened
 
+    def _open(self) -> Any:
+        import wandb
+
+        start = functools.partial(
+            wandb.init,
+            project=self.project,
+            name=self.name,
+            group=self.group,
+            id=self.xp.sig,
+            dir=self.xp.folder,
+            resume="allow",
+        )
+        if wandb.setup().settings.mode != "online":
+            return start()
+        try:
+            # Whoever is not logged in would be asked for a key, and the training would wait.
+            if not wandb.login(prompt=False, verify=False):
+                raise wandb.errors.UsageError("not logged in, see `wandb login`")
+            return start()
+        except wandb.errors.Error as error:
+            wandb.teardown()
+            logger.warning("W&B: %s. The run is kept here; `wandb sync` sends it later.", error)
+            return start(mode="offline")
+
     def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        self._run().config.update(dict(params), allow_val_change=True)
-        self._run().summary.update(dict(metrics))
+        self._hyperparams = {"params": dict(params), "metrics": dict(metrics)}
+
+    def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
+        axis = f"{stage}_steps/step"
+        values = {f"{stage}_steps/{name}": value for name, value in metrics.items()}
+        for name in values.keys() - self._axes:
+            self._run().define_metric(name, step_metric=axis)
+            self._axes.add(name)
+        self._log(values | {axis: step, "epoch": epoch})
 
     def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        self._log(stage, metrics, step)
+        self._log_of(stage, metrics, step)
 
     def log_audio(
         self, stage: str, key: str, audio: torch.Tensor, sample_rate: int, step: int
@@ -74,21 +114,22 @@ class WandB(Tracker):
             with tempfile.NamedTemporaryFile(suffix=".wav") as file:
                 write_wav(file, audio, sample_rate)
                 file.flush()
-                self._log(stage, {key: wandb.Audio(file.name)}, step)
+                self._log_of(stage, {key: wandb.Audio(file.name)}, step)
 
     def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
         if self.with_media_logging:
             import wandb
 
-            self._log(stage, {key: wandb.Image(to_bytes(image))}, step)
+            self._log_of(stage, {key: wandb.Image(to_bytes(image))}, step)
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
         if self.with_media_logging:
             import wandb
 
-            self._log(stage, {key: wandb.Table(columns=["text"], data=[[text]])}, step)
+            self._log_of(stage, {key: wandb.Table(columns=["text"], data=[[text]])}, step)
 
-    def _log(self, stage: str, values: Mapping[str, Any], step: int) -> None:
-        self._run().log(
-            {f"{stage}/{key}": value for key, value in values.items()} | {"epoch": step}
-        )
+    def _log_of(self, stage: str, values: Mapping[str, Any], epoch: int) -> None:
+        self._log({f"{stage}/{key}": value for key, value in values.items()} | {"epoch": epoch})
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self._run().log(row, step=next(self._rows))
