@@ -18,7 +18,7 @@ from .formatter import Formatter
 from .logging import LogProgressBar, ResultLogger, length, to_numbers
 from .state import AttributeWrapper, RNGState, StateDict, StateManager, plain, summary
 from .utils import flatten
-from .xp import XP, FolderXP, get_xp, in_signature
+from .xp import XP, FolderXP, get_xp, in_signature, resume_command
 
 T = TypeVar("T")
 
@@ -208,7 +208,7 @@ class BaseSolver:
         self._pending_metrics: dict[str, Any] = {}
 
     def log_start(self) -> None:
-        """Say what starts: where it lives, its config, its modules. All ranks must call it."""
+        """Say what starts: its config, modules, folder, and how to resume. All ranks must call it."""
         from omegaconf import OmegaConf
 
         tree = OmegaConf.to_yaml(plain(self.xp.cfg, "the config"))
@@ -217,6 +217,8 @@ class BaseSolver:
             if isinstance(source, AttributeWrapper) and (about := summary(source.value)):
                 self.logger.info("%s: %s", name, about)
         self.logger.info("Run %s starts with epoch %d: %s", self.xp.sig, self.epoch, self.folder)
+        if command := resume_command(self.xp, distrib.is_distributed()):
+            self.logger.info("Whenever it stops, this goes on with it: %s", command)
 
     # ------------------------------------------------------------------------------------- state
 

@@ -107,6 +107,13 @@ def in_signature(xp: XP, key: str) -> bool:
     return dora is None or not dora.is_excluded(key)
 
 
+def resume_command(xp: XP, distributed: bool) -> str:
+    """What to type to go on with a run, from the root of the repo; empty outside of Dora."""
+    if not hasattr(xp, "dora"):
+        return ""
+    return f"dora run {'-d ' if distributed else ''}-f {xp.sig}"
+
+
 def rendezvous_file() -> Path | None:
     """Where processes that Dora started on one machine meet; None outside of Dora.
 

@@ -64,7 +64,8 @@ def test_ctrl_c_and_on(project: Path) -> None:
     assert "Traceback" not in said
     done = len(history(project))
     assert 0 < done < 40
-    assert f"starts with epoch {done + 1}:" in finish(start(project, *command))
+    [resume] = set(re.findall(r"goes on with it: (dora run -f \w+)", said))
+    assert f"starts with epoch {done + 1}:" in finish(start(project, *resume.split()))
     assert len(history(project)) == 40
 
 

@@ -45,6 +45,7 @@ class Solver(BaseSolver):
             self.optim.step()
             metrics = average({"loss": loss})
             steps.update(metrics)
+            self.log_step({"loss": loss}, every=2)
         return dict(metrics)
 
 
@@ -56,6 +57,27 @@ def test_a_start_is_described(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert f"Config of run {tmp_path.name}:\noptim:\n  lr: 0.01\npath: x" in caplog.text
     assert "model: Sequential, 49 parameters" in caplog.text
     assert f"starts with epoch 1: {tmp_path}" in caplog.text
+
+
+def test_curves_by_step_go_on_after_a_stop(tmp_path: Path) -> None:
+    def curve() -> list[tuple[int, int]]:
+        rows = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        return [(row["epoch"], row["step"]) for row in rows if "step" in row]
+
+    class Stopped(Solver):
+        def commit(self, save_checkpoint: bool = True) -> None:
+            if self.epoch == 3:
+                raise KeyboardInterrupt
+            super().commit(save_checkpoint)
+
+    whole = [(1, 2), (1, 4), (2, 6), (2, 8), (2, 10), (3, 12), (3, 14)]
+    with pytest.raises(KeyboardInterrupt):
+        Stopped(tmp_path).run()
+    assert curve() == whole
+    solver = Solver(tmp_path)
+    solver.run()
+    assert curve() == [*whole, (4, 16), (4, 18), (4, 20)]
+    assert solver.steps == {"train": 20}
 
 
 def losses(solver: BaseSolver) -> list[float]:

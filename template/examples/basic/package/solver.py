@@ -49,6 +49,7 @@ class Solver(BaseSolver):
             self.optim.step()
             metrics = average({"loss": loss})
             steps.update(metrics)
+            self.log_step({"loss": loss})
         return distrib.average_metrics(metrics)
 
     @torch.no_grad()

@@ -40,6 +40,7 @@ class Config:
     seed: int
     device: str
     log_updates: int
+    log_every: int
     trackers: list[str]
     continue_from: str | None
     continue_with: str

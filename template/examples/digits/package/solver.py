@@ -94,6 +94,8 @@ class Solver(BaseSolver):
             step = self.run_step(images.to(self.device), labels.to(self.device))
             metrics = average(step, weight=len(labels))
             batches.update(metrics)
+            if self.model.training:
+                self.log_step(step, every=self.cfg.log_every)
             examples += len(labels)
             losses.append(step["loss"])
         self.check_finite(losses)
