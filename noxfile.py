@@ -18,6 +18,7 @@ RUNTIME = (
     "hydra-core",
     "numpy",
     "pillow",
+    "plotly",
     "scikit-learn",
     "tensorboard",
     "torch",

@@ -269,5 +269,11 @@ def read(path: Path) -> StateDict:
     return state
 
 
+def peek(path: Path) -> StateDict:
+    """The state in a checkpoint file, unverified, with tensors that are read when used."""
+    state: StateDict = _load(path, mmap=True)
+    return state
+
+
 def _load(path: Path, mmap: bool = False) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

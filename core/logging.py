@@ -410,6 +410,7 @@ class ResultLogger:
         step: int | None = None,
         step_name: str | None = None,
         formatter: Formatter | None = None,
+        min_seconds: float = 0.0,
     ) -> LogProgressBar[T]:
         """Return a progress bar for a stage."""
         name = stage.capitalize()
@@ -425,6 +426,7 @@ class ResultLogger:
             delimiter=self._delimiter,
             items_delimiter=self._items_delimiter,
             formatter=formatter,
+            min_seconds=min_seconds,
             on_log=self.flush,
         )
 

@@ -208,7 +208,7 @@ class BaseSolver:
         self._pending_metrics: dict[str, Any] = {}
 
     def log_start(self) -> None:
-        """Say what starts: its config, modules, folder, and how to resume. All ranks must call it."""
+        """Say what starts: config, modules, folder, how to resume. All ranks must call it."""
         from omegaconf import OmegaConf
 
         tree = OmegaConf.to_yaml(plain(self.xp.cfg, "the config"))
@@ -318,7 +318,12 @@ class BaseSolver:
             known[name]()
 
     def log_progress(
-        self, stage_name: str, iterable: Iterable[T], total: int | None = None, updates: int = 5
+        self,
+        stage_name: str,
+        iterable: Iterable[T],
+        total: int | None = None,
+        updates: int = 5,
+        min_seconds: float = 0.0,
     ) -> LogProgressBar[T]:
         """Iterate with progress lines.
 
@@ -327,6 +332,7 @@ class BaseSolver:
             iterable: usually a data loader.
             total: number of steps, if the iterable has no length.
             updates: number of lines.
+            min_seconds: least time between two lines.
         """
         return self.result_logger.get_log_progress_bar(
             stage_name,
@@ -336,6 +342,7 @@ class BaseSolver:
             step=self.epoch,
             step_name="epoch",
             formatter=self.get_formatter(stage_name),
+            min_seconds=min_seconds,
         )
 
     def _count_steps(self, stage_name: str, iterable: Iterable[T]) -> Iterator[T]:

@@ -48,6 +48,10 @@ def test_digits_reach_their_score_and_two_processes_agree(project: Path) -> None
     assert {"checkpoint.th", "history.json", "solver.log.0", "metrics.jsonl", "tensorboard"} <= {
         path.name for path in run.iterdir()
     }
+    command = [sys.executable, "-m", "my_research.core.report"]
+    said = subprocess.check_output(command, cwd=project, text=True, timeout=60)
+    assert f"{run.name}  15/15 " in said
+    assert "train grad_norm" in (project / "outputs" / "report.html").read_text()
     run.rename(project / "alone")
     finish(start(project, "dora", "run", "-d", "--ddp_workers=2"))
     assert abs(history(project)[-1]["valid"]["acc"] - alone) <= 0.01

@@ -90,6 +90,13 @@ def test_the_last_line_is_not_lost(said: list[str]) -> None:
     assert "3/?" in said[-1]
 
 
+def test_lines_keep_their_distance(said: list[str]) -> None:
+    for _ in LogProgressBar(LOGGER, range(40), updates=40, min_seconds=0.1):
+        time.sleep(0.01)
+    assert 2 <= len(said) <= 6
+    assert "40/40" in said[-1]
+
+
 def test_nothing_is_formatted_between_lines() -> None:
     class Forbidding:
         def __format__(self, spec: str) -> str:
