@@ -1,6 +1,7 @@
 """How state reaches the disk and comes back: whole, verified, out of the way of the training.
 
-`checkpoint.th` is the latest; older ones lie beside it, as `checkpoint.<epoch>.th`.
+`checkpoint.th` is the latest; older ones lie beside it, as `checkpoint.<epoch>.th`. `midway.th` is
+what a run saved within the next epoch, because it was asked to stop.
 """
 
 from __future__ import annotations
@@ -84,18 +85,44 @@ def save(
         path: in an existing folder.
         history: metrics of all epochs up to this one; their number is the epoch.
     """
-    about = {"format": FORMAT, "epoch": len(history)}
     try:
         if path.exists():
             _keep(path)
+    except OSError as error:
+        raise _failure(path, error) from error
+    _write(state, path, len(history))
+    midway(path).unlink(missing_ok=True)
+    _prune(path, history, policy or Policy())
+
+
+def save_midway(state: StateDict, path: Path, epoch: int) -> None:
+    """Write what the run is within an epoch, beside the latest checkpoint, durably.
+
+    Args:
+        state: as for `save`.
+        path: of the latest checkpoint.
+        epoch: number of epochs before.
+    """
+    _write(state, midway(path), epoch)
+
+
+def midway(path: Path) -> Path:
+    """The file for what is saved within an epoch."""
+    return path.with_name("midway.th")
+
+
+def _write(state: StateDict, path: Path, epoch: int) -> None:
+    about = {"format": FORMAT, "epoch": epoch, "ranks": distrib.world_size()}
+    try:
         with write_and_rename(path) as file:
             torch.save({"checkpoint": about, **state}, file)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"epoch {len(history)} could not be saved to {path}: {error.__context__ or error}; "
-            "the checkpoint before it is intact"
-        ) from error
-    _prune(path, history, policy or Policy())
+        raise _failure(path, error) from error
+
+
+def _failure(path: Path, error: Exception) -> CheckpointError:
+    why = error.__context__ or error
+    return CheckpointError(f"{path} could not be saved: {why}; the one before it is intact")
 
 
 def older(path: Path) -> dict[int, Path]:
@@ -202,12 +229,13 @@ _threads = ThreadPoolExecutor(1, "checkpoint")
 def load(path: Path, read_only: bool = False) -> StateDict | None:
     """Read the latest checkpoint, or the newest older one that is whole; all ranks must call it.
 
+    If the run was stopped within the epoch after it, by the same number of ranks, read that rather.
     Tensors come to the CPU. Nothing in a file is executed. A damaged file is set aside under
     another name, never deleted, as soon as there is one to go on from instead.
 
     Args:
         path: of the latest.
-        read_only: rename nothing, for another process may be writing here.
+        read_only: the last commit, and rename nothing, for another process may be writing here.
 
     Returns:
         The state, or None if there is no checkpoint at all.
@@ -221,6 +249,8 @@ def load(path: Path, read_only: bool = False) -> StateDict | None:
         _threads.submit(int).result()  # a write of this process may be on its way
         try:
             found, state = _newest(path, read_only) or (None, None)
+            if not read_only:
+                found, state = _within(path, found) or (found, state)
         except CheckpointError as error:
             found = error
     found = distrib.broadcast_object(found)
@@ -251,6 +281,30 @@ def _newest(path: Path, read_only: bool) -> tuple[Path, StateDict] | None:
             + "; ".join(f"{bad}: {why}" for bad, why in damaged.items())
         )
     return None
+
+
+def _within(path: Path, latest: Path | None) -> tuple[Path, StateDict] | None:
+    """What was saved within the epoch after a checkpoint, if it can be used."""
+    file = midway(path)
+    if not file.exists():
+        return None
+    epoch = _load(latest, mmap=True)["checkpoint"]["epoch"] if latest else 0
+    try:
+        about, state = _load(file, mmap=True)["checkpoint"], read(file)
+    except Exception as error:
+        where = _set_aside(file)
+        logger.warning("Damaged: %s, kept as %s: %s", file, where.name, error)
+        return None
+    if about["epoch"] != epoch:
+        return None
+    if about["ranks"] != distrib.world_size():
+        logger.warning(
+            "Going on from the last commit: within the epoch, %d processes can't take over from %d",
+            distrib.world_size(),
+            about["ranks"],
+        )
+        return None
+    return file, state
 
 
 def read(path: Path) -> StateDict:

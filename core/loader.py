@@ -11,6 +11,7 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
@@ -113,17 +114,29 @@ class EpochSampler(Sampler[int]):
         self.shuffle = shuffle
         self.seed = seed
         self.examples = examples
-        self._last = (-1, 0)  # epoch, passes in it
+        self._last = (-1, -1)  # epoch, number of the pass in it
+        self._skip = 0
+
+    @property
+    def passes(self) -> int:
+        """How many times it was iterated in this epoch."""
+        epoch, number = self._last
+        return number + 1 if epoch == _epoch else 0
+
+    def seek(self, passes: int, skip: int) -> None:
+        """Let the next pass be that behind so many, without its first so many examples."""
+        self._last, self._skip = (_epoch, passes - 1), skip
 
     def __len__(self) -> int:
         ranks, size = distrib.world_size(), self.examples or len(self.dataset)
         return -(-size // ranks) if self.shuffle else len(range(distrib.rank(), size, ranks))
 
     def __iter__(self) -> Iterator[int]:
-        epoch, passes = self._last
-        self._last = (_epoch, passes + 1 if epoch == _epoch else 0)
+        self._last = _epoch, self.passes
         order = self._stretch(*self._last) if self.examples else self._whole(*self._last)
-        return itertools.islice(order, distrib.rank(), None, distrib.world_size())
+        skipped, self._skip = self._skip, 0
+        ranks = distrib.world_size()
+        return itertools.islice(order, distrib.rank() + skipped * ranks, None, ranks)
 
     def _whole(self, epoch: int, passes: int) -> Iterable[int]:
         """All examples; when shuffling, some again so that the ranks' shares are equal."""
@@ -163,7 +176,11 @@ class _IterableShard(IterableDataset[Any]):
 
 
 class _SeedWorker:
-    """Seed Python, NumPy and torch in a worker by (seed, epoch, rank, worker)."""
+    """Seed Python, NumPy and torch in a worker by (seed, epoch, rank, worker).
+
+    And before each batch again, by its first example: so what is drawn for a batch does not depend
+    on those before, which a run that goes on within an epoch never loads.
+    """
 
     def __init__(
         self, seed: int, then: Callable[[int], None] | None, epoch: int | None = None
@@ -175,16 +192,41 @@ class _SeedWorker:
 
     def __call__(self, worker: int) -> None:
         epoch = _epoch if self.epoch is None else self.epoch
-        seed = _mix(self.seed, epoch, self.rank, worker)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        _seed(self.seed, epoch, self.rank, worker)
+        info = get_worker_info()
+        if info is not None and not isinstance(info.dataset, IterableDataset):
+            # What a loader asks for a whole batch, if there is such a method.
+            dataset: Any = info.dataset
+            with suppress(AttributeError):
+                dataset.__getitems__ = _SeededBatches(dataset, (self.seed, epoch, self.rank))
         if self.then is not None:
             self.then(worker)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that is spawned, not forked, knows nothing of our epoch: send it along.
         return type(self), (self.seed, self.then, _epoch)
+
+
+class _SeededBatches:
+    """Fetches the examples of a batch after seeding the generators."""
+
+    def __init__(self, dataset: Any, seeds: tuple[int, ...]) -> None:
+        self.fetch = getattr(dataset, "__getitems__", None)
+        self.dataset = dataset
+        self.seeds = seeds
+
+    def __call__(self, indices: list[int]) -> list[Any]:
+        _seed(*self.seeds, 0, indices[0])
+        if self.fetch is not None:
+            return cast(list[Any], self.fetch(indices))
+        return [self.dataset[index] for index in indices]
+
+
+def _seed(*numbers: int) -> None:
+    seed = _mix(*numbers)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _mix(*numbers: int) -> int:

@@ -137,6 +137,7 @@ class LogProgressBar(Generic[T]):
         items_delimiter: between a metric's name and value.
         formatter: of the metrics.
         min_seconds: least time between two lines.
+        done: number of steps that were done before.
         on_log: called with each line.
     """
 
@@ -154,6 +155,7 @@ class LogProgressBar(Generic[T]):
         items_delimiter: str = " ",
         formatter: Formatter | None = None,
         min_seconds: float = 0.0,
+        done: int = 0,
         on_log: Callable[[], None] | None = None,
     ) -> None:
         self._logger = logger
@@ -171,6 +173,7 @@ class LogProgressBar(Generic[T]):
         self._delimiter = f" {delimiter} "
         self._items_delimiter = items_delimiter
         self._formatter = formatter or Formatter()
+        self._done = done
         self._on_log = on_log
         self._metrics: Mapping[str, Any] = {}
         self._will_log = False
@@ -181,7 +184,7 @@ class LogProgressBar(Generic[T]):
         return self._total
 
     def __iter__(self) -> Iterator[T]:
-        done, logged, waited = 0, 0, 0.0
+        done, logged, waited = self._done, self._done, 0.0
         self._metrics = {}
         iterator = iter(self._iterable)
         live = self._live_bar()
@@ -216,6 +219,7 @@ class LogProgressBar(Generic[T]):
         return tqdm(
             desc=self._name,
             total=self._total,
+            initial=self._done,
             disable=not (shown and self._logger.isEnabledFor(self._level)),
             leave=False,
             dynamic_ncols=True,
@@ -411,6 +415,7 @@ class ResultLogger:
         step_name: str | None = None,
         formatter: Formatter | None = None,
         min_seconds: float = 0.0,
+        done: int = 0,
     ) -> LogProgressBar[T]:
         """Return a progress bar for a stage."""
         name = stage.capitalize()
@@ -427,6 +432,7 @@ class ResultLogger:
             items_delimiter=self._items_delimiter,
             formatter=formatter,
             min_seconds=min_seconds,
+            done=done,
             on_log=self.flush,
         )
 

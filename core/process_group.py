@@ -81,6 +81,11 @@ def is_rank_zero() -> bool:
     return rank() == 0
 
 
+def store() -> Store | None:
+    """A few words that all ranks can write and read, outside of collectives; None if alone."""
+    return _store
+
+
 def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 

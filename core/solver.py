@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import checkpoint, distrib, loader
+from . import checkpoint, distrib, loader, preemption
 from .formatter import Formatter
 from .logging import LogProgressBar, ResultLogger, length, to_numbers
+from .midway import Midway
 from .state import AttributeWrapper, RNGState, StateDict, StateManager, plain, summary
-from .utils import flatten
-from .xp import XP, FolderXP, get_xp, in_signature, resume_command
+from .utils import Averages, flatten
+from .xp import XP, FolderXP, Preempted, get_xp, in_signature, resume_command
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ class BaseSolver:
     checkpoints = checkpoint.Policy()
 
     def __init_subclass__(cls) -> None:
-        """Let `run` end only when all that was committed is on disk."""
+        """Let `run` listen to requests to stop, and end when all that was committed is on disk."""
         if "run" in vars(cls):
             cls.run = _then_wait(cls.run)  # type: ignore[method-assign]
 
@@ -49,6 +50,8 @@ class BaseSolver:
         self.register_stateful("history", "steps")
         self.register_stateful("xp.cfg", "xp.sig", write_only=True)
         self.stateful.register("rng", RNGState())
+        self._midway = Midway()
+        self.stateful.register("midway", self._midway)
         self._writer = checkpoint.Writer()
         self._current_stage: str | None = None
         self._start_epoch()
@@ -85,6 +88,7 @@ class BaseSolver:
         """
         self.wait()
         self.history.append(self._pending_metrics)
+        self._midway.start_epoch(self.epoch)
         try:
             if save_checkpoint:
                 self._save(self.state_dict())
@@ -118,6 +122,24 @@ class BaseSolver:
 
         self._writer.submit(state, write)
 
+    def _save_midway(self) -> None:
+        """Save what was done of this epoch; all ranks stopped behind the same step."""
+        self.result_logger.flush()
+        self.wait()
+        state = self.state_dict()
+        state["midway"]["pending"] = plain(self._pending_metrics)
+        error = ""
+        if distrib.is_rank_zero():
+            try:
+                checkpoint.save_midway(state, self.checkpoint_path, len(self.history))
+            except checkpoint.CheckpointError as failed:
+                error = str(failed)
+        if error := distrib.broadcast_object(error):
+            raise checkpoint.CheckpointError(error)
+        steps = self.steps.get(self.current_stage, 0)
+        text = f"step {steps} of {self.current_stage}, in epoch {self.epoch}"
+        self.logger.warning("Stopped after %s, by %s: saved", text, preemption.asked())
+
     def restore(self, strict: bool = True, read_only: bool = False) -> bool:
         """Go on from the latest checkpoint; return whether there is one. All ranks must call it.
 
@@ -141,7 +163,8 @@ class BaseSolver:
                 self.logger.warning("Going on from epoch %d: %d lost", self.epoch, lost)
             self._publish(self.history)
             self._start_epoch()
-            self.result_logger.resume(self.epoch, steps=self.steps)
+            self._pending_metrics.update(state["midway"].get("pending", {}))
+            self.result_logger.resume(self.epoch, self._pending_metrics, self.steps)
             self.replay_history()
         return True
 
@@ -268,15 +291,22 @@ class BaseSolver:
                 f"stage {stage_name!r} was started inside of stage {self._current_stage!r}; "
                 "stages come one after another"
             )
+        if (known := self._midway.done_before(stage_name)) is not None:
+            return known
         self._current_stage = stage_name
         loader.set_epoch(self.epoch)
-        begin = time.monotonic()
         try:
+            begin = self._midway.start_stage()
             returned = method(*args, **kwargs)
             metrics = to_numbers({**(returned or {}), "duration": time.monotonic() - begin})
             self.log_metrics(stage_name, metrics)
+            self._midway.end_stage(stage_name, metrics)
+        except Preempted:
+            self._save_midway()
+            raise
         finally:
             self._current_stage = None
+            self._midway.end_stage()
         return metrics
 
     def get_formatter(self, stage_name: str) -> Formatter:
@@ -317,6 +347,10 @@ class BaseSolver:
                 raise ValueError(f"no tracker is called {name!r}; there are {', '.join(known)}")
             known[name]()
 
+    def averager(self, beta: float = 1.0) -> Averages:
+        """Like `utils.averager`, and part of the state: a stage that is interrupted keeps it."""
+        return self._midway.averager(beta)
+
     def log_progress(
         self,
         stage_name: str,
@@ -327,6 +361,10 @@ class BaseSolver:
     ) -> LogProgressBar[T]:
         """Iterate with progress lines.
 
+        Asked to stop, by SIGTERM, SIGUSR1, SIGUSR2 or Slurm, the run does so between two steps, and
+        goes on there when it is started again: what a step leaves behind must be state, or in
+        averages of `averager`.
+
         Args:
             stage_name: shown in the lines.
             iterable: usually a data loader.
@@ -336,9 +374,10 @@ class BaseSolver:
         """
         return self.result_logger.get_log_progress_bar(
             stage_name,
-            self._count_steps(stage_name, iterable),
+            self._count_steps(stage_name, self._midway.loop(iterable)),
             updates=updates,
             total=total if total is not None else length(iterable),
+            done=self._midway.steps_before(),
             step=self.epoch,
             step_name="epoch",
             formatter=self.get_formatter(stage_name),
@@ -398,7 +437,8 @@ def _then_wait(run: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(run)
     def wrapped(self: BaseSolver, *args: Any, **kwargs: Any) -> T:
         try:
-            result = run(self, *args, **kwargs)
+            with preemption.listening():
+                result = run(self, *args, **kwargs)
         except BaseException:
             try:
                 self._writer.wait()  # not `wait`: other ranks may be elsewhere

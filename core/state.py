@@ -280,15 +280,7 @@ class RNGState:
 
     def state_dict(self) -> StateDict:
         """Gather the generators of all ranks."""
-        numpy = np.random.get_state(legacy=False)
-        numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
-        mine = {
-            "python": random.getstate(),
-            "numpy": numpy,
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        }
-        return {"ranks": distrib.gather_objects(mine)}
+        return {"ranks": distrib.gather_objects(get_generators())}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Set this rank's generators; those of a rank that did not exist are left alone."""
@@ -300,16 +292,31 @@ class RNGState:
                 len(ranks),
                 distrib.world_size(),
             )
-        if distrib.rank() >= len(ranks):
-            return
-        mine = ranks[distrib.rank()]
-        random.setstate(mine["python"])
-        numpy = mine["numpy"]
-        key = numpy["state"]["key"].numpy().astype(np.uint32)
-        np.random.set_state(numpy | {"state": numpy["state"] | {"key": key}})
-        torch.set_rng_state(mine["torch"])
-        if mine["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(mine["cuda"])
+        if distrib.rank() < len(ranks):
+            set_generators(ranks[distrib.rank()])
+
+
+def get_generators() -> StateDict:
+    """The state of this process's random number generators."""
+    numpy = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
+    return {
+        "python": random.getstate(),
+        "numpy": numpy,
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def set_generators(state: StateDict) -> None:
+    """Set this process's random number generators."""
+    random.setstate(state["python"])
+    numpy = state["numpy"]
+    key = numpy["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state(numpy | {"state": numpy["state"] | {"key": key}})
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 class Best:

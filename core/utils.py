@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 
 
-def averager(beta: float = 1.0) -> Callable[..., Averages]:
-    """Return a function that averages metrics over the steps of a stage.
+def averager(beta: float = 1.0) -> Averages:
+    """Return what averages metrics over the steps of a stage, when it is called.
 
-    The function takes the metrics of one step and their weight (usually the number of examples)
-    and returns the averages so far: see `Averages`. A metric may be absent from some steps; called
-    twice for a step, it takes metrics of different weights.
+    It takes the metrics of one step and their weight (usually the number of examples), and returns
+    itself, the averages so far. A metric may be absent from some steps; called twice for a step, it
+    takes metrics of different weights.
 
     Args:
         beta: forgetting factor of the exponential moving average; 1 weighs all steps alike.
     """
-    return Averages(beta).add
+    return Averages(beta)
 
 
 class Averages(Mapping[str, float]):
@@ -40,10 +40,11 @@ class Averages(Mapping[str, float]):
         self._beta = beta
         self._columns: dict[str, int] = {}
         self._steps: list[_Step] = []
-        self._sums = torch.zeros(0, 3)
+        self._sums = torch.zeros(0, 3, dtype=torch.float64)
+        self._weight: Any = 0.0
         self._seen: dict[str, float] | None = {}
 
-    def add(self, metrics: Mapping[str, Any], weight: Any = 1.0) -> Averages:
+    def __call__(self, metrics: Mapping[str, Any], weight: Any = 1.0) -> Averages:
         """Take in the metrics of one step: numbers, or tensors of one element."""
         self._seen = None
         tensors: dict[str, torch.Tensor] = {}
@@ -57,11 +58,33 @@ class Averages(Mapping[str, float]):
                 self._columns[name] = len(self._columns)
         row = _row(tensors) if tensors else None
         weight = _row({"weight": weight}) if isinstance(weight, torch.Tensor) else weight
+        self._weight = self._weight + weight
         self._steps.append(_Step((*tensors, *numbers), row, [*numbers.values()], weight))
         if len(self._steps) == self.CHUNK:
             self._sums = self._sum()
             self._steps = []
         return self
+
+    @property
+    def weight(self) -> float:
+        """The sum of all weights, such as the number of examples."""
+        return float(self._weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was taken in."""
+        return {
+            "columns": list(self._columns),
+            "steps": [tuple(step) for step in self._steps],
+            "sums": self._sums,
+            "weight": self._weight,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was taken in."""
+        self._columns = {name: index for index, name in enumerate(state["columns"])}
+        self._steps = [_Step(*step) for step in state["steps"]]
+        self._sums, self._weight = state["sums"], state["weight"]
+        self._seen = None
 
     def _look(self) -> dict[str, float]:
         if self._seen is None:
@@ -80,7 +103,7 @@ class Averages(Mapping[str, float]):
         Shape `[metrics, 3]`.
         """
         rows = [step.row for step in self._steps if step.row is not None]
-        device = rows[0].device if rows else self._sums.device
+        device = rows[-1].device if rows else self._sums.device
         shape = len(self._steps), len(self._columns)
         values = torch.zeros(shape, dtype=_accurate(device), device=device)
         present = torch.zeros_like(values, dtype=torch.bool)

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,10 @@ class FolderXP:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.sig = self.sig or self.folder.name
         self.link = FileLink(self.folder / "history.json")
+
+
+class Preempted(KeyboardInterrupt):
+    """A run was asked to stop by a signal, did so behind a step, and is saved."""
 
 
 def get_xp() -> XP:
@@ -197,11 +202,32 @@ def _main_class() -> Any:
             try:
                 # The config was composed for the signature: no need for Hydra to do it again.
                 return self.main(get_xp().cfg)
+            except Preempted as stopped:
+                _requeue(by=str(stopped))
+                logger.warning("The same command goes on with the next step.")
+                raise SystemExit(130) from None
             except KeyboardInterrupt:
                 logger.warning("Interrupted. The same command goes on from the last commit.")
                 raise SystemExit(130) from None
 
     return Main
+
+
+def _requeue(by: str) -> None:
+    """In a job on Slurm, ask to be started again, and end.
+
+    Slurm itself does so after a SIGTERM, unless that meant to cancel the job.
+    """
+    if "SUBMITIT_EXECUTOR" not in os.environ or by == "SIGTERM":
+        return
+    from submitit import JobEnvironment
+
+    # As submitit would have done when the signal came: it counts how often, and ends rank zero.
+    number = getattr(signal, f"SIG{JobEnvironment.USR_SIG}")
+    handler = signal.getsignal(number)
+    if callable(handler):
+        handler(number, None)
+    time.sleep(60)  # to end before rank zero has asked would fail the job
 
 
 def _one_line(error: BaseException, known: Sequence[str] = ()) -> str:

@@ -173,6 +173,23 @@ def terminated_at_random(run: Run, rng: random.Random) -> None:
     kills_at_random(run, rng, signal.SIGTERM)
 
 
+def asked_to_stop_at_random(run: Run, rng: random.Random) -> None:
+    kills_at_random(run, rng, rng.choice([signal.SIGUSR1, signal.SIGUSR2]))
+
+
+def one_of_two_ranks_asked_to_stop(run: Run, rng: random.Random) -> None:
+    run.ranks = 2
+    for times in range(1, rng.randint(3, 5)):
+        process = run.start()
+        if run.started(process, times):
+            time.sleep(rng.uniform(0, 0.8))
+        if children := children_of(process):
+            asked = rng.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+            os.kill(int(rng.choice(children)), asked)
+        process.communicate(timeout=60)
+        run.check_history()
+
+
 def interrupted_at_random(run: Run, rng: random.Random) -> None:
     kills_at_random(run, rng, signal.SIGINT)
 
@@ -305,6 +322,8 @@ FAULTS: dict[Fault, set[str]] = {
     one_of_two_ranks_killed: {EXACT},
     launcher_of_two_ranks_killed: {EXACT},
     terminated_at_random: {EXACT},
+    asked_to_stop_at_random: {EXACT},
+    one_of_two_ranks_asked_to_stop: {EXACT},
     interrupted_at_random: {EXACT},
     bit_flipped: {WARNED, EXACT},
     truncated: {WARNED},

@@ -67,9 +67,9 @@ class TensorBoard(Tracker):
         self._hyperparams += hparams(values, dict(metrics))
 
     def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        writer = self._epochs()
-        _add(writer, stage, metrics, step)
-        writer.flush()
+        _add(self._epochs(), stage, metrics, step)
+        for writer in self._writers.values():
+            writer.flush()
 
     def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
         # In a folder of their own, for what is to be forgotten is a number of steps, not of epochs.

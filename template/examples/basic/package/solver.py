@@ -2,7 +2,7 @@
 
 import torch
 
-from .core import BaseSolver, averager, distrib
+from .core import BaseSolver, distrib
 from .core.xp import XP
 from .schema import Config
 
@@ -39,7 +39,7 @@ class Solver(BaseSolver):
 
     def train(self) -> dict[str, float]:
         """Ten steps on noise."""
-        average = averager()
+        average = self.averager()
         steps = self.log_progress("train", range(10), updates=self.cfg.log_updates)
         for _ in steps:
             loss = self.loss()
@@ -47,10 +47,9 @@ class Solver(BaseSolver):
             with distrib.eager_sync_model(self.model):
                 loss.backward()
             self.optim.step()
-            metrics = average({"loss": loss})
-            steps.update(metrics)
+            steps.update(average({"loss": loss}))
             self.log_step({"loss": loss})
-        return distrib.average_metrics(metrics)
+        return distrib.average_metrics(average)
 
     @torch.no_grad()
     def valid(self) -> dict[str, float]:

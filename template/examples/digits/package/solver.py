@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .core import BaseSolver, Formatter, averager, distrib
+from .core import BaseSolver, Formatter, distrib
 from .core.checkpoint import Policy
 from .core.loader import loader, split_batch
 from .core.state import EMA, Best
@@ -87,19 +87,15 @@ class Solver(BaseSolver):
 
     def loop(self, loader: DataLoader[Any]) -> dict[str, float]:
         """Go once through the data; return the metrics over all examples of all processes."""
-        average, losses, examples = averager(), [], 0
-        metrics: Mapping[str, float] = {}
+        average = self.averager()
         batches = self.log_progress(self.current_stage, loader, updates=self.cfg.log_updates)
         for images, labels in batches:
             step = self.run_step(images.to(self.device), labels.to(self.device))
-            metrics = average(step, weight=len(labels))
-            batches.update(metrics)
+            batches.update(average(step, weight=len(labels)))
             if self.model.training:
                 self.log_step(step, every=self.cfg.log_every)
-            examples += len(labels)
-            losses.append(step["loss"])
-        self.check_finite(losses)
-        return distrib.average_metrics(metrics, examples)
+        self.check_finite(average)
+        return distrib.average_metrics(average, average.weight)
 
     def run_step(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
         """One batch, `[B, 1, 8, 8]` and `[B]`; its metrics stay on the device, unawaited."""
@@ -136,15 +132,13 @@ class Solver(BaseSolver):
         self.ema.update()
         return {"grad_norm": grad_norm, "lr": lr}
 
-    def check_finite(self, losses: list[Tensor]) -> None:
+    def check_finite(self, average: Mapping[str, float]) -> None:
         """Stop before a commit if a loss was infinite or no number; asked once a stage."""
-        finite = torch.stack(losses).isfinite().tolist() if losses else []
-        if not all(finite):
-            number = finite.index(False)
+        if steps := average.get("loss.nonfinite"):
             raise FloatingPointError(
-                f"{self.current_stage}, epoch {self.epoch}: the loss of step {number + 1} of "
-                f"{len(losses)}, on rank {distrib.rank()}, is {losses[number].item()}; the last "
-                "commit is safe. Try a lower optim.lr, or optim.clip"
+                f"{self.current_stage}, epoch {self.epoch}: on rank {distrib.rank()}, the loss of "
+                f"{steps:.0f} steps is infinite or no number; the last commit is safe. Try a lower "
+                "optim.lr, or optim.clip"
             )
 
     def log_hardest(self, count: int = 16) -> None:

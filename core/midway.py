@@ -1,0 +1,195 @@
+"""Where in an epoch a run is, so that one that stops there can go on with the very next step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from . import distrib, preemption
+from .loader import EpochSampler
+from .state import StateDict, get_generators, plain, set_generators
+from .utils import Averages
+from .xp import Preempted
+
+T = TypeVar("T")
+
+_END: Any = object()
+_LAST = 2**62  # behind all steps of a loop
+
+
+@dataclass
+class _Stage:
+    """The stage that is running."""
+
+    begun: float
+    generators: StateDict  # at its begin
+    loop: int = -1  # number of the loop that is running, or ended last
+    step: int = 0  # of that loop, done
+    loop_generators: StateDict = field(default_factory=dict)  # at the loop's begin
+    passes: int = 0  # of its sampler, before it
+    now: StateDict = field(default_factory=dict)  # generators, as it was interrupted
+    averages: list[Averages] = field(default_factory=list)
+
+
+class Midway:
+    """The stages of the epoch that are done, and the position in the one that is running.
+
+    It is state. A run that goes on is given the metrics of the stages that are done, without
+    running them; the stage that was interrupted starts anew, but its loops go on where they were:
+    those that had ended yield nothing, and the generators are set as they had been.
+    """
+
+    def __init__(self) -> None:
+        self.start_epoch(1)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Forget the last epoch."""
+        self._epoch = epoch
+        self._done: list[tuple[str, dict[str, Any]]] = []
+        self._given = 0  # of those that were done before the run went on, and asked for again
+        self._resumed = 0
+        self._saved: StateDict | None = None  # of the stage that was interrupted
+        self._stage: _Stage | None = None
+        self._depth = 0
+
+    # ------------------------------------------------------------------------------------ stages
+
+    def done_before(self, name: str) -> dict[str, Any] | None:
+        """The metrics of the stage that is next, if it was done before the run went on."""
+        if self._given == self._resumed:
+            return None
+        then, metrics = self._done[self._given]
+        if then != name:
+            raise RuntimeError(
+                f"the run stopped in epoch {self._epoch} after stage {then!r}, and now comes "
+                f"{name!r} in its place: stages must come in the same order"
+            )
+        self._given += 1
+        return metrics
+
+    def start_stage(self) -> float:
+        """Begin, or go on; return the time it began at, on the monotonic clock."""
+        self._stage = _Stage(time.monotonic(), get_generators())
+        if self._saved is not None:
+            mine = self._mine
+            self._stage.begun -= self._saved["seconds"]
+            self._stage.generators = mine["generators"]
+            set_generators(mine["generators"])
+        return self._stage.begun
+
+    def end_stage(self, name: str | None = None, metrics: dict[str, Any] | None = None) -> None:
+        """The stage is done, and gave these metrics; or it failed."""
+        self._stage = self._saved = None
+        if name is not None:
+            self._done.append((name, metrics or {}))
+            self._given = self._resumed = len(self._done)
+
+    @property
+    def _mine(self) -> StateDict:
+        """What this rank saved of the interrupted stage."""
+        assert self._saved is not None
+        mine: StateDict = self._saved["ranks"][distrib.rank()]
+        return mine
+
+    # ------------------------------------------------------------------------------------- loops
+
+    def averager(self, beta: float) -> Averages:
+        """Averages that are part of the state until the stage ends."""
+        averages = Averages(beta)
+        if self._stage is not None:
+            number = len(self._stage.averages)
+            if self._saved is not None and number < len(saved := self._mine["averages"]):
+                averages.load_state_dict(saved[number])
+            self._stage.averages.append(averages)
+        return averages
+
+    def steps_before(self) -> int:
+        """Steps of the next loop that were done before the run went on."""
+        next_is_it = self._stage and self._saved and self._saved["loop"] == self._stage.loop + 1
+        return int(self._saved["step"]) if self._saved and next_is_it else 0
+
+    def loop(self, iterable: Iterable[T]) -> Iterator[T]:
+        """Iterate, from where the loop was; raise Preempted between two steps if asked to stop."""
+        stage = self._stage
+        if stage is None or self._depth:  # a run stops between steps of the outermost loop only
+            yield from iterable
+            return
+        before = self.steps_before()
+        stage.loop += 1
+        if self._saved is not None and stage.loop < self._saved["loop"]:
+            return
+        self._depth += 1
+        try:
+            yield from self._go(stage, self._begin(stage, iterable, before), before)
+        finally:
+            self._depth -= 1
+            preemption.passed(self._position(_LAST))
+
+    def _begin(self, stage: _Stage, iterable: Iterable[T], before: int) -> Iterator[T]:
+        """Iterate from the start or from where the loop was, with the generators as they were."""
+        sampler = getattr(iterable, "sampler", None)
+        saved = self._mine if self._saved is not None else None
+        if saved is not None:
+            set_generators(saved["loop_generators"])
+        stage.step, stage.loop_generators = before, get_generators()
+        if isinstance(sampler, EpochSampler):
+            stage.passes = saved["passes"] if saved is not None else sampler.passes
+            sampler.seek(stage.passes, before * (getattr(iterable, "batch_size", None) or 1))
+        iterator = iter(iterable)
+        if not isinstance(sampler, EpochSampler):
+            for _ in range(before):
+                next(iterator, None)
+        if saved is not None:
+            set_generators(saved["now"])
+            self._saved = None
+        return iterator
+
+    def _go(self, stage: _Stage, iterator: Iterator[T], before: int) -> Iterator[T]:
+        step = before
+        while True:
+            if preemption.stop_here(self._position(step), self._position(step + 1)):
+                # To be saved further up: there, whatever lends a model other weights has ended.
+                stage.now = get_generators()
+                raise Preempted(preemption.asked())
+            item = next(iterator, _END)
+            if item is _END:
+                return
+            yield item
+            step += 1
+            stage.step = step
+
+    def _position(self, step: int) -> preemption.Position:
+        loop = self._stage.loop if self._stage is not None else _LAST
+        return self._epoch, len(self._done), loop, step
+
+    # ------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> StateDict:
+        """All ranks must call it, and be in the same stage or in none."""
+        stage, running = self._stage, None
+        if stage is not None:
+            mine = {
+                "generators": stage.generators,
+                "loop_generators": stage.loop_generators,
+                "now": stage.now,
+                "passes": stage.passes,
+                "averages": [plain(a.state_dict(), copy=torch.Tensor.cpu) for a in stage.averages],
+            }
+            running = {
+                "loop": stage.loop,
+                "step": stage.step,
+                "seconds": time.monotonic() - stage.begun,
+                "ranks": distrib.gather_objects(mine),
+            }
+        return {"epoch": self._epoch, "done": list(self._done), "stage": running}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Go on from there."""
+        self.start_epoch(state["epoch"])
+        self._done = [(name, dict(metrics)) for name, metrics in state["done"]]
+        self._resumed = len(self._done)
+        self._saved = state["stage"]

@@ -1,0 +1,262 @@
+"""Runs that are asked to stop, and go on with the very next step."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from .. import BaseSolver, checkpoint, distrib
+from ..loader import loader
+from ..state import EMA
+from ..xp import Preempted
+from .processes import on_ranks
+
+
+class Noisy(Dataset[torch.Tensor]):
+    """Draws from every generator there is, in whatever process loads it."""
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.randn(4) * random.random() * np.random.rand() + index / 22
+
+
+class Solver(BaseSolver):
+    """Two stages, one of them with two loops; every kind of data."""
+
+    def __init__(self, folder: Path, workers: int = 0, plain: bool = False) -> None:
+        super().__init__(folder)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)).double()
+        distrib.broadcast_model(self.model)
+        self.optim = torch.optim.Adam(self.model.parameters(), lr=0.01)
+        self.ema = EMA({"model": self.model}, 0.9)
+        self.register_stateful("model", "optim", "ema")
+        kwargs: dict[str, Any] = {"num_workers": workers}
+        self.data = (
+            DataLoader(Noisy(), 4, shuffle=True, **kwargs)
+            if plain
+            else loader(Noisy(), 2, shuffle=True, seed=1, **kwargs)
+        )
+        self.seen: list[tuple[int, str, int]] = []
+        self.stop_at: set[tuple[int, str, int]] = set()
+
+    def run(self) -> None:
+        self.restore()
+        while self.epoch <= 3:
+            self.run_stage("train", self.train)
+            self.run_stage("valid", self.valid)
+            self.commit()
+
+    def train(self) -> dict[str, float]:
+        return self.loop("train")
+
+    def valid(self) -> dict[str, float]:
+        scale = torch.rand(())  # drawn before the loop
+        first = self.loop("first")
+        with self.ema.swapped():
+            second = self.loop("second", scale, learn=False)
+        return {"scale": scale.item(), **second, "first": first["loss"]}
+
+    def loop(self, name: str, scale: Any = 1.0, learn: bool = True) -> dict[str, float]:
+        average = self.averager()
+        steps = self.log_progress(name, self.data)
+        for batch in steps:
+            loss = (self.model(batch.double()) * scale).pow(2).mean()
+            if learn:
+                self.optim.zero_grad()
+                loss.backward()
+                distrib.sync_model(self.model)
+                self.optim.step()
+                self.ema.update()
+            steps.update(average({"loss": loss}, len(batch)))
+            self.log_step({"loss": loss})
+            position = (self.epoch, name, sum(s[:2] == (self.epoch, name) for s in self.seen))
+            self.seen.append(position)
+            if position in self.stop_at:
+                os.kill(os.getpid(), signal.SIGUSR1)
+        return distrib.average_metrics(average, average.weight)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state = checkpoint.load(folder / "checkpoint.th", read_only=True)
+    assert state is not None
+    return dict(state["model"])
+
+
+def history(folder: Path) -> list[Any]:
+    found: list[Any] = json.loads((folder / "history.json").read_text())
+    for epoch in found:
+        for stage in epoch.values():
+            assert stage.pop("duration") > 0
+    return found
+
+
+def curves(folder: Path) -> list[Any]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "duration"} for row in rows]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert history(one) == history(other)
+    assert curves(one) == curves(other)
+    ours = weights(other)
+    assert all(torch.equal(value, ours[name]) for name, value in weights(one).items())
+
+
+def solver_of(folder: Path, **kwargs: Any) -> Solver:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return Solver(folder, **kwargs)
+
+
+KINDS = [{"workers": 0}, {"workers": 2}, {"plain": True}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_stopped_run_goes_on_with_the_next_step(tmp_path: Path, kind: dict[str, Any]) -> None:
+    whole = solver_of(tmp_path / "whole", **kind)
+    whole.run()
+    stops = [(1, "train", 0), (2, "train", 3), (2, "second", 1), (2, "second", 4), (3, "first", 2)]
+    seen: list[tuple[int, str, int]] = []
+    stopped = 0
+    for stop in [*stops, None]:
+        solver = solver_of(tmp_path / "stopped", **kind)
+        solver.stop_at = {stop} if stop else set()
+        # What a new process counts from, for the test to know where it is.
+        solver.seen = list(seen)
+        if stop is None:
+            solver.run()
+        else:
+            with pytest.raises(Preempted, match="SIGUSR1"):
+                solver.run()
+            stopped += 1
+        seen = solver.seen
+    assert stopped == len(stops)
+    assert seen == whole.seen
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "midway.th").exists()
+
+
+def test_a_stop_can_come_behind_the_last_step(tmp_path: Path) -> None:
+    solver_of(tmp_path / "whole").run()
+    solver = solver_of(tmp_path / "stopped")
+    solver.stop_at = {(1, "train", 10)}
+    with pytest.raises(Preempted):
+        solver.run()
+    assert [row["step"] for row in curves(tmp_path / "stopped")] == list(range(1, 12))
+    solver_of(tmp_path / "stopped").run()
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_damaged_stop_costs_no_more_than_the_epoch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    solver_of(tmp_path / "whole").run()
+    solver = solver_of(tmp_path / "stopped")
+    solver.stop_at = {(2, "train", 3)}
+    with pytest.raises(Preempted):
+        solver.run()
+    saved = tmp_path / "stopped" / "midway.th"
+    saved.write_bytes(saved.read_bytes()[:-100])
+    solver_of(tmp_path / "stopped").run()
+    assert "Damaged" in caplog.text
+    assert (tmp_path / "stopped" / "midway.damaged-1.th").exists()
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_what_a_stop_saved_is_forgotten_with_its_epoch(tmp_path: Path) -> None:
+    solver = solver_of(tmp_path)
+    solver.stop_at = {(2, "train", 3)}
+    with pytest.raises(Preempted):
+        solver.run()
+    kept = (tmp_path / "midway.th").read_bytes()
+    solver_of(tmp_path).run()
+    (tmp_path / "midway.th").write_bytes(kept)  # as if a crash had come before its removal
+    solver = solver_of(tmp_path)
+    solver.run()
+    assert (solver.epoch, solver.seen) == (4, [])
+
+
+def test_another_order_of_stages_is_refused(tmp_path: Path) -> None:
+    solver = solver_of(tmp_path)
+    solver.stop_at = {(1, "first", 0)}
+    with pytest.raises(Preempted):
+        solver.run()
+    solver = solver_of(tmp_path)
+    solver.restore()
+    with pytest.raises(RuntimeError, match="after stage 'train', and now comes 'valid'"):
+        solver.run_stage("valid", solver.valid)
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
+    class Stubborn(Solver):
+        def loop(self, name: str, scale: Any = 1.0, learn: bool = True) -> dict[str, float]:
+            for _ in self.log_progress(name, range(2)):
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)  # the same request again
+                threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                time.sleep(10)
+            return {}
+
+    before = signal.getsignal(signal.SIGTERM)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt) as ended:
+        Stubborn(tmp_path).run()
+    assert not isinstance(ended.value, Preempted)
+    assert 1 < time.monotonic() - begin < 5
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def train_and_stop(folder: str, stop: Any) -> str:
+    """On each rank: train; only one of them is asked to stop."""
+    torch.set_num_threads(1)
+    distrib.init()
+    solver = solver_of(Path(folder))
+    if stop is not None:
+        epoch, name, step, rank = stop
+        if distrib.rank() == rank:
+            solver.stop_at = {(epoch, name, step)}
+    try:
+        solver.run()
+    except Preempted as error:
+        return f"stopped by {error}"
+    return "done"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_stop_behind_the_same_step(tmp_path: Path, ranks: int) -> None:
+    assert on_ranks(train_and_stop, str(tmp_path / "whole"), None, ranks=ranks) == ["done"] * ranks
+    stops = [(1, "train", 1, 0), (2, "second", 1, 1)]
+    for stop in stops:
+        said = on_ranks(train_and_stop, str(tmp_path / "stopped"), stop, ranks=ranks)
+        assert said == ["stopped by SIGUSR1"] * ranks
+    assert (
+        on_ranks(train_and_stop, str(tmp_path / "stopped"), None, ranks=ranks) == ["done"] * ranks
+    )
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_another_number_of_ranks_goes_on_from_the_commit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = on_ranks(train_and_stop, str(tmp_path), (2, "train", 1, 0))
+    assert said == ["stopped by SIGUSR1"] * 2
+    solver = solver_of(tmp_path)
+    solver.run()
+    assert "1 processes can't take over from 2" in caplog.text
+    assert solver.seen[0] == (2, "train", 0)
+    assert len(history(tmp_path)) == 3
