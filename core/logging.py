@@ -41,6 +41,11 @@ def colorize(text: str, code: str) -> str:
     return f"\x1b[{code}m{text}\x1b[0m"
 
 
+def plain_text(text: str) -> str:
+    """Drop the codes of colours and the like."""
+    return _ANSI.sub("", text)
+
+
 def setup_logging(
     with_file_log: bool = True,
     folder: str | Path | None = None,
@@ -108,7 +113,7 @@ class _LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
         if not self.colours:
-            return _ANSI.sub("", line)
+            return plain_text(line)
         level = record.levelname
         return line.replace(f"[{level}]", f"[{colorize(level, _COLOURS.get(level, '32'))}]", 1)
 

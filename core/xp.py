@@ -7,15 +7,21 @@ serves as well: see `FolderXP`.
 from __future__ import annotations
 
 import difflib
+import functools
+import getpass
+import importlib
 import json
 import logging
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from .utils import flatten, write_and_rename
@@ -169,6 +175,8 @@ def _main_class() -> Any:
     from dora.hydra import HydraMain
     from omegaconf import OmegaConf
 
+    _name_user_without_terminal()
+
     class Main(HydraMain):
         def get_xp(self, argv: Iterable[str]) -> Any:
             try:
@@ -187,6 +195,10 @@ def _main_class() -> Any:
             if not wanted.is_absolute() and (repo / "pyproject.toml").exists() and not cloned:
                 dora.dir = repo / wanted
             return dora
+
+        def get_slurm_config(self) -> Any:
+            _leave_out_gpus_where_none_are()
+            return super().get_slurm_config()
 
         def _is_active(self, argv: list[str]) -> bool:
             # Flags such as --help and --cfg are Hydra's own and belong to no run.
@@ -211,6 +223,105 @@ def _main_class() -> Any:
                 raise SystemExit(130) from None
 
     return Main
+
+
+def _name_user_without_terminal() -> None:
+    """Dora asks who is logged in at the terminal, which fails in a job: it has none."""
+    try:
+        os.getlogin()
+    except OSError:
+        os.getlogin = getpass.getuser
+
+
+def _leave_out_gpus_where_none_are() -> None:
+    """Let Dora start jobs on a cluster without GPUs: there, `slurm.gpus` just counts processes."""
+    from dora.shep import Shepherd
+
+    if shutil.which("srun") is None:
+        if "--dry_run" not in sys.argv:
+            raise SystemExit(
+                "There is no Slurm here (no srun). `dora run` trains on this machine, and "
+                "`python -m <package>.core.sweep GRID` runs a grid on it"
+            )
+        return
+    original = Shepherd._get_submitit_executor
+
+    @functools.wraps(original)
+    def get_executor(*args: Any, **kwargs: Any) -> Any:
+        executor = original(*args, **kwargs)
+        listed = subprocess.run(["sinfo", "-h", "-o", "%G"], capture_output=True, timeout=60)
+        if listed.returncode == 0 and b"gpu" not in listed.stdout:
+            executor.parameters.pop("gres", None)
+        return executor
+
+    if not hasattr(original, "__wrapped__"):
+        Shepherd._get_submitit_executor = get_executor  # type: ignore[method-assign]
+
+
+class Grid:
+    """The runs of a Dora grid, for who starts them without Slurm.
+
+    Args:
+        main: what `hydra_main` made of a function.
+        name: of a file in the package `grids` beside it, without `.py`.
+    """
+
+    def __init__(self, main: Any, name: str) -> None:
+        from dora.conf import SlurmConfig, update_from_hydra
+        from dora.explore import Explorer, Herd, Launcher
+        from dora.shep import Sheep
+        from omegaconf import OmegaConf
+
+        class LocalSheep(Sheep):
+            """A run that is no job of Slurm's."""
+
+            def state(self, mode: str = "standard") -> str:
+                return grid.states[self.xp.sig]
+
+            def is_done(self, mode: str = "standard") -> bool:
+                return False
+
+        grid = self
+        module = self._import(f"{main.package}.grids", name)
+        self._explorer: Any = getattr(module, "explorer", None)
+        if not isinstance(self._explorer, Explorer):
+            raise ValueError(
+                f"{module.__file__} has no `explorer`, a function under a dora.Explorer"
+            )
+        slurm = SlurmConfig()
+        update_from_hydra(slurm, main._base_cfg.get("slurm", OmegaConf.create()))
+        herd, self._main = Herd(), main
+        shepherd: Any = SimpleNamespace(
+            main=main, get_sheep_from_argv=lambda argv: LocalSheep(main.get_xp(argv))
+        )
+        self._explorer(Launcher(shepherd, slurm, herd))
+        self._sheeps = list(herd.sheeps.values())
+        self.states = {sheep.xp.sig: "PENDING" for sheep in self._sheeps}
+        self.runs = [sheep.xp for sheep in self._sheeps]
+        self.processes = {sig: int(slurm.gpus) for sig, slurm in herd.slurm_configs.items()}
+
+    @staticmethod
+    def _import(package: str, name: str) -> Any:
+        try:
+            return importlib.import_module(f"{package}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name not in (package, f"{package}.{name}"):
+                raise
+            folder = Path(importlib.import_module(package).__file__ or "").parent
+            known = sorted(path.stem for path in folder.glob("[!_]*.py"))
+            raise ValueError(f"no grid {name} in {folder}; there are {', '.join(known)}") from None
+
+    def table(self) -> str:
+        """The runs with their states and what the grid's explorer shows of their histories."""
+        from dora.grid import RunGridArgs, monitor
+
+        lines: list[str] = []
+
+        def write(*words: Any, **_: Any) -> None:
+            lines.append(" ".join(map(str, words)))
+
+        monitor(RunGridArgs(), self._main, self._explorer, self._sheeps, write)
+        return "\n".join(lines)
 
 
 def _requeue(by: str) -> None:

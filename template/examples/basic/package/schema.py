@@ -20,4 +20,5 @@ class Config:
     log_updates: int
     trackers: list[str]
     optim: OptimConfig
+    slurm: dict[str, Any]
     dora: dict[str, Any]

@@ -48,4 +48,5 @@ class Config:
     model: ModelConfig
     optim: OptimConfig
     checkpoint: Policy
+    slurm: dict[str, Any]
     dora: dict[str, Any]
