@@ -1,4 +1,4 @@
-"""Every command that a developer or CI runs: `nox`, or `nox -s demo|lint|tests|matrix|faults`."""
+"""Every command that a developer or CI runs: `nox`, or `nox -s` with a name from `nox -l`."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ RUNTIME = (
     "wandb",
 )
 
-nox.options.sessions = ["lint", "tests", "matrix"]
+nox.options.sessions = ["lint", "tests", "matrix", "slurm"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "venv"
 # Cookiecutter copies the whole repo folder each time it renders: environments live elsewhere.
@@ -100,6 +100,17 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def slurm(session: nox.Session) -> None:
+    """Run a rendered project on a real Slurm cluster of two nodes, made on this machine."""
+    install(session, *RUNTIME, "cookiecutter", "pytest", "pytest-timeout")
+    python = Path(session.bin, "python")
+    if subprocess.run([python, "-m", "tests.cluster"], cwd=ROOT).returncode != 0:
+        session.skip("there can be no Slurm cluster here; the line above says why")
+    env = {"SLURM_TESTS": "1", "OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "pytest", "tests/test_slurm.py", env=env)
+
+
+@nox.session
 def matrix(session: nox.Session) -> None:
     """Render every example with every tracker: lint, type-check; install and test each example."""
     install(session, *RUNTIME, "cookiecutter", "mypy", "pytest", "pytest-timeout", "ruff")
@@ -110,8 +121,10 @@ def matrix(session: nox.Session) -> None:
             check_rendered(session, project)
             if tracker == QUESTIONS["tracker"][0]:
                 install(session, "-e", f"{project}[dev]")
+                # The core's tests are the same in all: once under another name is enough.
+                which = [] if example == QUESTIONS["example"][0] else ["tests"]
                 with session.chdir(project):
-                    session.run("pytest", env={"OMP_NUM_THREADS": "1"})
+                    session.run("pytest", *which, env={"OMP_NUM_THREADS": "1"})
 
 
 def check_rendered(session: nox.Session, project: Path) -> None:
