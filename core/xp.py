@@ -175,7 +175,7 @@ def _main_class() -> Any:
     from dora.hydra import HydraMain
     from omegaconf import OmegaConf
 
-    _name_user_without_terminal()
+    _mend_dora()
 
     class Main(HydraMain):
         def get_xp(self, argv: Iterable[str]) -> Any:
@@ -225,12 +225,26 @@ def _main_class() -> Any:
     return Main
 
 
-def _name_user_without_terminal() -> None:
-    """Dora asks who is logged in at the terminal, which fails in a job: it has none."""
+def _mend_dora() -> None:
+    """Work around what fails in Dora 0.1.13; a test tells when it no longer does."""
+    from dora import git_save
+
+    # It asks who is logged in at the terminal, but a job has none.
     try:
         os.getlogin()
     except OSError:
         os.getlogin = getpass.getuser
+
+    # It links the code of `--git_save` into a folder that a new run does not have yet.
+    assign = git_save.assign_clone
+
+    @functools.wraps(assign)
+    def assign_clone(xp: Any, clone: Any) -> None:
+        xp.folder.mkdir(parents=True, exist_ok=True)
+        assign(xp, clone)
+
+    if not hasattr(assign, "__wrapped__"):
+        git_save.assign_clone = assign_clone
 
 
 def _leave_out_gpus_where_none_are() -> None:

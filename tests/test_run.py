@@ -73,6 +73,37 @@ def test_ctrl_c_and_on(project: Path) -> None:
     assert len(history(project)) == 40
 
 
+def test_doras_other_commands(project: Path) -> None:
+    overrides = ["epochs=2", "trackers=[]"]
+    finish(start(project, "dora", "run", *overrides))
+    [run] = (project / "outputs" / "xps").iterdir()
+
+    def dora(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=project,
+            env=os.environ | {"DORA_PACKAGE": "my_research"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    assert str(run) in dora("-m", "dora", "info", "epochs=2")
+    assert "is complete, nothing to do" in dora("-m", "dora", "run", "-f", run.name)
+
+    # `--git_save` trains in a clone of the commit.
+    dora("-m", "dora", "run", "--git_save", "epochs=1")
+    [code] = project.glob("outputs/xps/*/code")
+    assert (code / "my_research" / "train.py").exists()
+    assert code.parent != run
+
+    pytest.importorskip("hiplot")
+    show = f"import dora.hiplot as h; print(len(h.load('{run.name}').datapoints), 'points')"
+    assert "2 points" in dora("-c", show)
+
+
 def test_an_error_on_another_rank_is_shown_and_ends_the_run(project: Path) -> None:
     solver = project / "my_research" / "solver.py"
     fails = 'if distrib.rank() == 1 and self.epoch == 2:\n            raise ValueError("mine")\n'

@@ -274,10 +274,11 @@ def test_imports_go_downwards_and_dora_is_in_one_file() -> None:
     floors = [
         ["report", "sweep"],
         ["solver"],
+        ["midway"],
         ["logging", "loader", "adversarial"],
         ["checkpoint", "trackers"],
         ["state"],
-        ["distrib"],
+        ["distrib", "preemption"],
         ["process_group"],
         ["xp"],
         ["formatter", "utils"],
