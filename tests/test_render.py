@@ -23,6 +23,7 @@ COMMON = {
     "my_research/__init__.py",
     "my_research/config/config.yaml",
     "my_research/grids/__init__.py",
+    "my_research/grids/lr.py",
     "my_research/py.typed",
     "my_research/schema.py",
     "my_research/solver.py",
