@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import multiprocessing
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
@@ -191,6 +193,11 @@ class _SeedWorker:
         self.rank = distrib.rank()
 
     def __call__(self, worker: int) -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid != os.getppid():
+            os._exit(
+                1
+            )  # it was killed meanwhile, and PyTorch would look out for its death too late
         epoch = _epoch if self.epoch is None else self.epoch
         _seed(self.seed, epoch, self.rank, worker)
         info = get_worker_info()

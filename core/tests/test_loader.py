@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,3 +159,36 @@ def test_any_class_of_loader_and_flashys_address() -> None:
         pass
 
     assert isinstance(distrib.loader(Numbers(3), klass=Mine), Mine)
+
+
+def test_a_worker_whose_parent_was_killed_while_forking_ends(tmp_path: Path) -> None:
+    module = __package__.rpartition(".")[0] + ".loader"
+    code = f"""
+import multiprocessing, os, pathlib, sys, time
+from {module} import _SeedWorker
+def work():
+    pathlib.Path("pid").write_text(str(os.getpid()))
+    time.sleep(1)
+    _SeedWorker(0, None)(0)
+    pathlib.Path("alive").touch()
+    time.sleep(60)
+multiprocessing.get_context("fork").Process(target=work).start()
+while not pathlib.Path("pid").exists():
+    time.sleep(0.01)
+if len(sys.argv) > 1:
+    os._exit(0)
+time.sleep(3)
+os._exit(0)
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for orphan in (True, False):
+        command = [sys.executable, "-c", code, *(["die"] if orphan else [])]
+        subprocess.run(command, cwd=tmp_path, env=env, timeout=60, check=True)
+        pid = int((tmp_path / "pid").read_text())
+        if orphan:
+            time.sleep(2.5)
+            assert not Path(f"/proc/{pid}/cmdline").exists() or not (tmp_path / "alive").exists()
+        else:
+            assert (tmp_path / "alive").exists()
+            os.kill(pid, signal.SIGKILL)
+        (tmp_path / "pid").unlink()
