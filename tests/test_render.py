@@ -34,6 +34,12 @@ COMMON = {
 OWN = {
     "digits": {"my_research/data.py", "my_research/model.py", "tests/test_digits.py"},
     "basic": set(),
+    "adversarial": {
+        "my_research/data.py",
+        "my_research/model.py",
+        "tests/test_adversarial_digits.py",
+    },
+    "text": {"my_research/data.py", "my_research/model.py", "tests/test_text.py"},
 }
 
 

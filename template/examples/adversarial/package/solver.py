@@ -1,0 +1,101 @@
+"""The solver: what is built, what an epoch is made of, what a step does."""
+
+import torch
+from torch import Tensor
+
+from .core import BaseSolver, Formatter, distrib
+from .core.adversarial import AdversarialLoss
+from .core.checkpoint import Policy
+from .core.loader import loader, split_batch
+from .core.utils import make_grid
+from .core.xp import XP
+from .data import load_digits
+from .model import Discriminator, Generator, frechet_distance
+from .schema import Config
+
+
+class Solver(BaseSolver):
+    """Trains a generator of digits against a discriminator."""
+
+    def __init__(self, cfg: Config, xp: XP | None = None) -> None:
+        super().__init__(xp)
+        self.cfg = cfg
+        self.device = distrib.device(cfg.device)
+
+        train_set, valid_set = load_digits()
+        batch_size, workers = split_batch(cfg.data.batch_size), cfg.data.num_workers
+        self.train_loader = loader(
+            train_set, batch_size, shuffle=True, seed=cfg.seed, num_workers=workers, drop_last=True
+        )
+        self.real = valid_set.tensors[0]
+
+        self.model = Generator(cfg.model.noise, cfg.model.width).to(self.device)
+        distrib.broadcast_model(self.model)
+        self.optim = self.adam(self.model)
+        adversary = Discriminator(cfg.model.width, cfg.model.dropout).to(self.device)
+        # Holds the discriminator and its optimizer; both are state.
+        self.adversarial = AdversarialLoss(adversary, self.adam(adversary))
+
+        self.register_stateful("model", "optim", "adversarial")
+        self.checkpoints = Policy.from_config(cfg.checkpoint)
+        self.init_trackers(cfg.trackers, project=__package__)
+
+    def adam(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """An optimizer that forgets quickly, for the loss changes under it."""
+        betas = (self.cfg.optim.momentum, 0.999)
+        return torch.optim.Adam(model.parameters(), self.cfg.optim.lr, betas)
+
+    def run(self) -> None:
+        """Train until all epochs are committed, from wherever the run stands."""
+        self.restore()
+        if self.epoch > self.cfg.epochs:
+            self.logger.info("Run %s is complete, nothing to do: %s", self.xp.sig, self.folder)
+            return
+        self.log_start()
+        self.log_hyperparams(self.xp.cfg)
+        for _ in range(self.epoch, self.cfg.epochs + 1):
+            self.run_stage("train", self.train)
+            self.run_stage("valid", self.valid)
+            self.commit()
+
+    def train(self) -> dict[str, float]:
+        """One epoch of training."""
+        self.model.train()
+        self.adversarial.train()
+        average = self.averager()
+        batches = self.log_progress("train", self.train_loader, updates=self.cfg.log_updates)
+        for (real,) in batches:
+            step = self.run_step(real.to(self.device))
+            batches.update(average(step, weight=len(real)))
+            self.log_step(step, every=self.cfg.log_every)
+        return distrib.average_metrics(average, average.weight)
+
+    def run_step(self, real: Tensor) -> dict[str, Tensor]:
+        """Train both on one batch of real images, `[B, 1, 8, 8]`."""
+        fake = self.model(torch.randn(len(real), self.cfg.model.noise, device=self.device))
+        adversary_loss = self.adversarial.train_adv(fake, real)
+        loss = self.adversarial(fake)
+        with distrib.eager_sync_model(self.model):
+            loss.backward()
+        self.optim.step()
+        self.optim.zero_grad()
+        return {"loss": loss, "adversary_loss": adversary_loss}
+
+    @torch.no_grad()
+    def valid(self) -> dict[str, float]:
+        """How far made images are from held-out real ones, on the whole; and a look at some.
+
+        All processes make the same images, always from the same noise.
+        """
+        self.model.eval()
+        self.adversarial.eval()
+        dice = torch.Generator().manual_seed(0)
+        noise = torch.randn(self.cfg.samples, self.cfg.model.noise, generator=dice)
+        images = self.model(noise.to(self.device)).cpu()
+        loss = self.adversarial(images.to(self.device)).item()
+        self.log_image("valid", "samples", make_grid((images[:64] + 1) / 2))
+        return {"loss": loss, "frechet": frechet_distance(images, self.real).item()}
+
+    def get_formatter(self, stage_name: str) -> Formatter:
+        """How metrics are shown."""
+        return Formatter({"*loss": ".4f", "frechet": ".2f", "duration": ".1f"})

@@ -1,0 +1,33 @@
+"""A sweep over learning rates: one run for each call of the launcher.
+
+`dora grid lr` runs it on a Slurm cluster, and on this machine, without Slurm, that is what
+`python -m {{ cookiecutter.package_name }}.core.sweep lr` does.
+"""
+
+from typing import Any
+
+import treetable as tt
+from dora.explore import Explorer, Launcher
+
+
+class Text(Explorer):
+    """Says what the table shows."""
+
+    def get_grid_metrics(self) -> list[Any]:
+        """Columns, with their formats."""
+        return [
+            tt.group("train", [tt.leaf("epoch"), tt.leaf("loss", ".4f")]),
+            tt.group("valid", [tt.leaf("loss", ".4f"), tt.leaf("bpc", ".3f")]),
+        ]
+
+    def process_history(self, history: list[dict[str, Any]]) -> dict[str, Any]:
+        """Values for the columns, from the metrics of all epochs so far."""
+        last = history[-1] if history else {"train": {}, "valid": {}}
+        return last | {"train": last["train"] | {"epoch": len(history)}}
+
+
+@Text
+def explorer(launcher: Launcher) -> None:
+    """Define the runs."""
+    for lr in (1e-3, 3e-3, 1e-2):
+        launcher({"optim.lr": lr})
