@@ -85,12 +85,7 @@ def save(
         path: in an existing folder.
         history: metrics of all epochs up to this one; their number is the epoch.
     """
-    try:
-        if path.exists():
-            _keep(path)
-    except OSError as error:
-        raise _failure(path, error) from error
-    _write(state, path, len(history))
+    _write(state, path, len(history), f"epoch {len(history)}", keep=True)
     midway(path).unlink(missing_ok=True)
     _prune(path, history, policy or Policy())
 
@@ -103,7 +98,7 @@ def save_midway(state: StateDict, path: Path, epoch: int) -> None:
         path: of the latest checkpoint.
         epoch: number of epochs before.
     """
-    _write(state, midway(path), epoch)
+    _write(state, midway(path), epoch, f"what was done after epoch {epoch}")
 
 
 def midway(path: Path) -> Path:
@@ -111,18 +106,18 @@ def midway(path: Path) -> Path:
     return path.with_name("midway.th")
 
 
-def _write(state: StateDict, path: Path, epoch: int) -> None:
+def _write(state: StateDict, path: Path, epoch: int, what: str, keep: bool = False) -> None:
     about = {"format": FORMAT, "epoch": epoch, "ranks": distrib.world_size()}
     try:
+        if keep and path.exists():
+            _keep(path)
         with write_and_rename(path) as file:
             torch.save({"checkpoint": about, **state}, file)
     except (OSError, RuntimeError) as error:
-        raise _failure(path, error) from error
-
-
-def _failure(path: Path, error: Exception) -> CheckpointError:
-    why = error.__context__ or error
-    return CheckpointError(f"{path} could not be saved: {why}; the one before it is intact")
+        raise CheckpointError(
+            f"{what} could not be saved to {path}: {error.__context__ or error}; "
+            "the checkpoint before it is intact"
+        ) from error
 
 
 def older(path: Path) -> dict[int, Path]:

@@ -32,6 +32,9 @@ GRIDS = {
     launcher.slurm_(gpus=16, one_task_per_node=True, cpus_per_gpu=1, mem_per_gpu=1)
     launcher({"optim.lr": 3e-3})
 """,
+    "long": """
+    launcher({"epochs": 12, "seed": 6})
+""",
     "limited": """
     launcher.slurm_(time=2)
     launcher({"epochs": 60, "seed": 3})
@@ -192,10 +195,13 @@ def test_preempted_requeued_and_out_of_time_no_step_is_lost(lab: Lab) -> None:
 
 def test_a_cancelled_job_stays_cancelled_and_can_go_on(lab: Lab) -> None:
     overrides = ("epochs=12", "seed=6")
-    job, folder = lab.launch(*overrides), lab.folder(*overrides)
+    said = lab.dora("grid", "long", "--no_monitoring")
+    [job] = re.findall(r"Scheduled job (\d+)", said)
+    folder = lab.folder(*overrides)
     lab.wait_for(folder, "Train | Epoch 2 ")
-    lab.run("scancel", job)
+    lab.dora("grid", "long", "--cancel")
     lab.wait(job, "CANCELLED")
+    lab.wait_for(folder, "Stopped after step")
     time.sleep(3)
     assert lab.state(job).startswith("CANCELLED")
     lab.wait(lab.launch("-r", *overrides), "COMPLETED")
