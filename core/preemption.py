@@ -119,12 +119,11 @@ def _all_are_here(position: Position) -> bool:
 def _watch(ended: threading.Event) -> None:
     """Learn of requests to other ranks; once there is one, keep telling where this rank is."""
     global _asked, _asked_at
-    while not ended.wait(0.05 if _asked else POLL):
-        with suppress(RuntimeError):  # rank zero may keep the store, and be gone
-            if _asked:
-                _tell()
-            elif signal_name := _read("asked"):
+    with suppress(RuntimeError):  # rank zero may keep the store, and be gone
+        while not ended.wait(0.05 if _asked else POLL):
+            if not _asked and (signal_name := _read("asked")):
                 _asked, _asked_at = signal_name, time.monotonic()
+            if _asked:
                 _tell()
 
 

@@ -252,16 +252,20 @@ def wait(work: Any, what: str) -> None:
     global _count, _broken
     _count += 1
     told = conflicts = 0
+    failed = False
     while True:
         try:
             work.wait(timedelta(seconds=PATIENCE))
             break
         except RuntimeError as error:
+            if work.is_completed() and not failed:
+                failed = True  # or it ended well, just after the time was up: asked again, it tells
+                continue
             _tell(what)
             told += 1
             # Twice, for the word of another rank may just have been overtaken.
             conflicts = conflicts + 1 if _is_elsewhere(what) else 0
-            if work.is_completed() or conflicts == 2 or _store is None:
+            if failed or conflicts == 2 or _store is None:
                 _broken = True
                 raise RuntimeError(_differences(what)) from error
     if told:

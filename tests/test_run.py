@@ -28,8 +28,8 @@ def start(project: Path, *command: str) -> subprocess.Popen[str]:
     return subprocess.Popen(full, cwd=project, env=env, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    _, said = process.communicate(timeout=120)
+def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 120) -> str:
+    _, said = process.communicate(timeout=timeout)
     assert process.returncode == code, said
     return said
 
@@ -55,6 +55,19 @@ def test_digits_reach_their_score_and_two_processes_agree(project: Path) -> None
     run.rename(project / "alone")
     finish(start(project, "dora", "run", "-d", "--ddp_workers=2"))
     assert abs(history(project)[-1]["valid"]["acc"] - alone) <= 0.01
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("example", "metric", "limit"), [("text", "bpc", 2.0), ("adversarial", "frechet", 3.0)]
+)
+def test_other_examples_reach_their_scores(
+    example: str, metric: str, limit: float, render: Render, tmp_path: Path
+) -> None:
+    assert render(example=example).returncode == 0
+    project = tmp_path / "out" / "my-research"
+    finish(start(project, "dora", "run", "trackers=[]"), timeout=300)
+    assert history(project)[-1]["valid"][metric] < limit
 
 
 def test_ctrl_c_and_on(project: Path) -> None:

@@ -243,7 +243,7 @@ def test_ranks_stop_behind_the_same_step(tmp_path: Path, ranks: int) -> None:
     stops = [(1, "train", 1, 0), (2, "second", 1, 1)]
     for stop in stops:
         said = on_ranks(train_and_stop, str(tmp_path / "stopped"), stop, ranks=ranks)
-        assert said == ["stopped by SIGUSR1"] * ranks
+        assert said == ["stopped by SIGUSR1"] * ranks, said
     assert (
         on_ranks(train_and_stop, str(tmp_path / "stopped"), None, ranks=ranks) == ["done"] * ranks
     )

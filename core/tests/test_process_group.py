@@ -87,3 +87,22 @@ def test_nobody_hangs_when_rank_one(how: str, told: str) -> None:
     if "rank 1 in" in said:  # both are told
         assert results[1][1] < 10
         assert results[1][0].startswith("ranks disagree: rank 1 is in ")
+
+
+def test_a_collective_that_ends_just_after_the_time_is_up_has_not_failed() -> None:
+    class Late:
+        """No two ranks can be made to meet in this moment."""
+
+        waited = 0
+
+        def wait(self, timeout: Any) -> None:
+            self.waited += 1
+            if self.waited == 1:
+                raise RuntimeError("Operation timed out!")
+
+        def is_completed(self) -> bool:
+            return True
+
+    late = Late()
+    process_group.wait(late, "all_reduce")
+    assert late.waited == 2
