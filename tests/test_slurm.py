@@ -172,19 +172,20 @@ def test_preempted_requeued_and_out_of_time_no_step_is_lost(lab: Lab) -> None:
     preempted = ("-g", "2", "epochs=40", "seed=4")
     requeued = ("epochs=40", "seed=5")
     out_of_time = ("epochs=60", "seed=3")
+    folders = [lab.folder(*preempted[2:]), lab.folder(*requeued), lab.folder(*out_of_time)]
+    said = lab.dora("grid", "limited", "--no_monitoring")
+    [limited] = re.findall(r"Scheduled job (\d+)", said)
+    jobs = []
+    ask = [("scancel", "--signal=USR2"), ("scontrol", "requeue")]
+    for overrides, folder, command in zip((preempted, requeued), folders, ask, strict=False):
+        jobs.append(lab.launch(*overrides))
+        lab.wait_for(folder, "Train | Epoch 2 ")
+        lab.run(*command, jobs[-1])
     wholes = [
         Reference(lab, "whole-preempted", 2, *preempted[2:]),
         Reference(lab, "whole-requeued", 1, *requeued),
         Reference(lab, "whole-limited", 1, *out_of_time),
     ]
-    said = lab.dora("grid", "limited", "--no_monitoring")
-    [limited] = re.findall(r"Scheduled job (\d+)", said)
-    jobs = [lab.launch(*preempted), lab.launch(*requeued)]
-    folders = [lab.folder(*preempted[2:]), lab.folder(*requeued), lab.folder(*out_of_time)]
-    ask = [("scancel", "--signal=USR2"), ("scontrol", "requeue")]
-    for job, folder, command in zip(jobs, folders, ask, strict=False):
-        lab.wait_for(folder, "Train | Epoch 2 ")
-        lab.run(*command, job)
     for job in (*jobs, limited):
         lab.wait(job, "COMPLETED", seconds=240)
     for folder in folders:
