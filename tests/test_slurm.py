@@ -37,7 +37,7 @@ GRIDS = {
 """,
     "limited": """
     launcher.slurm_(time=2)
-    launcher({"epochs": 60, "seed": 3})
+    launcher({"epochs": 110, "seed": 3})
 """,
 }
 
@@ -171,7 +171,7 @@ class Reference:
 def test_preempted_requeued_and_out_of_time_no_step_is_lost(lab: Lab) -> None:
     preempted = ("-g", "2", "epochs=40", "seed=4")
     requeued = ("epochs=40", "seed=5")
-    out_of_time = ("epochs=60", "seed=3")
+    out_of_time = ("epochs=110", "seed=3")
     folders = [lab.folder(*preempted[2:]), lab.folder(*requeued), lab.folder(*out_of_time)]
     said = lab.dora("grid", "limited", "--no_monitoring")
     [limited] = re.findall(r"Scheduled job (\d+)", said)
