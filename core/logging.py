@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from . import distrib, process_group
 from .formatter import Formatter
@@ -97,6 +96,8 @@ class _Terminal(logging.Handler):
     """Writes lines above a live bar, and leaves out those that it replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
         if not hasattr(record, "progress"):
             tqdm.write(self.format(record), file=sys.stderr)
 
@@ -210,22 +211,26 @@ class LogProgressBar(Generic[T]):
                     now = time.perf_counter()
                     self._log(done, done - logged, now - last, waited)
                     last, logged, waited = now, done, 0.0
-                if live.update():  # now and then it shows itself
+                if live is not None and live.update():  # now and then it shows itself
                     live.set_postfix_str(self._delimiter.join(self._items()), refresh=False)
         finally:
-            live.close()
+            if live is not None:
+                live.close()
             if done > logged and not self._silent:
                 self._log(done, done - logged, time.perf_counter() - last, waited)
             self._will_log = False
 
-    def _live_bar(self) -> tqdm[Any]:
-        """A bar for whoever sits at the terminal; elsewhere, one that does nothing."""
-        shown = sys.stderr.isatty() and distrib.is_rank_zero() and not self._silent
+    def _live_bar(self) -> Any:
+        """A bar for whoever sits at the terminal; elsewhere, none."""
+        if self._silent or not (sys.stderr.isatty() and distrib.is_rank_zero()):
+            return None
+        from tqdm import tqdm
+
         return tqdm(
             desc=self._name,
             total=self._total,
             initial=self._done,
-            disable=not (shown and self._logger.isEnabledFor(self._level)),
+            disable=not self._logger.isEnabledFor(self._level),
             leave=False,
             dynamic_ncols=True,
             mininterval=0.5,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
-
 from . import distrib, preemption
 from .loader import EpochSampler
-from .state import StateDict, get_generators, plain, set_generators
+from .state import StateDict, get_generators, set_generators
 from .utils import Averages
 from .xp import Preempted
 
@@ -112,11 +111,20 @@ class Midway:
         next_is_it = self._stage and self._saved and self._saved["loop"] == self._stage.loop + 1
         return int(self._saved["step"]) if self._saved and next_is_it else 0
 
-    def loop(self, iterable: Iterable[T]) -> Iterator[T]:
-        """Iterate, from where the loop was; raise Preempted between two steps if asked to stop."""
+    def loop(self, iterable: Iterable[T], name: str, steps: dict[str, int]) -> Iterator[T]:
+        """Iterate, from where the loop was; raise Preempted between two steps if asked to stop.
+
+        Args:
+            iterable: the data.
+            name: of the entry in `steps` to count in.
+            steps: begun so far, since the run began.
+        """
+        steps.setdefault(name, 0)
         stage = self._stage
         if stage is None or self._depth:  # a run stops between steps of the outermost loop only
-            yield from iterable
+            for item in iterable:
+                steps[name] += 1
+                yield item
             return
         before = self.steps_before()
         stage.loop += 1
@@ -124,10 +132,22 @@ class Midway:
             return
         self._depth += 1
         try:
-            yield from self._go(stage, self._begin(stage, iterable, before), before)
+            iterator = self._begin(stage, iterable, before)
+            where = self._epoch, len(self._done), stage.loop
+            for step in itertools.count(before):
+                stage.step = step
+                if preemption.stop_here(where, step):
+                    # To be saved further up: there, whatever lends a model other weights has ended.
+                    stage.now = get_generators()
+                    raise Preempted(preemption.asked())
+                item = next(iterator, _END)
+                if item is _END:
+                    return
+                steps[name] += 1
+                yield item
         finally:
             self._depth -= 1
-            preemption.passed(self._position(_LAST))
+            preemption.passed((self._epoch, len(self._done), stage.loop, _LAST))
 
     def _begin(self, stage: _Stage, iterable: Iterable[T], before: int) -> Iterator[T]:
         """Iterate from the start or from where the loop was, with the generators as they were."""
@@ -148,24 +168,6 @@ class Midway:
             self._saved = None
         return iterator
 
-    def _go(self, stage: _Stage, iterator: Iterator[T], before: int) -> Iterator[T]:
-        step = before
-        while True:
-            if preemption.stop_here(self._position(step), self._position(step + 1)):
-                # To be saved further up: there, whatever lends a model other weights has ended.
-                stage.now = get_generators()
-                raise Preempted(preemption.asked())
-            item = next(iterator, _END)
-            if item is _END:
-                return
-            yield item
-            step += 1
-            stage.step = step
-
-    def _position(self, step: int) -> preemption.Position:
-        loop = self._stage.loop if self._stage is not None else _LAST
-        return self._epoch, len(self._done), loop, step
-
     # ------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> StateDict:
@@ -177,7 +179,7 @@ class Midway:
                 "loop_generators": stage.loop_generators,
                 "now": stage.now,
                 "passes": stage.passes,
-                "averages": [plain(a.state_dict(), copy=torch.Tensor.cpu) for a in stage.averages],
+                "averages": [average.state_dict() for average in stage.averages],
             }
             running = {
                 "loop": stage.loop,

@@ -61,23 +61,23 @@ def asked() -> str:
     return _asked
 
 
-def stop_here(done: Position, following: Position) -> bool:
-    """Tell that a step is done and another is next; return whether all ranks stop in between.
+def stop_here(loop: Position, step: int) -> bool:
+    """Tell that so many steps of a loop are done, and another is next; do all ranks stop between?
 
     Args:
-        done: position of the step that is done.
-        following: of the next.
+        loop: position of the loop: epoch, stage, number.
+        step: number of steps that are done.
     """
     global _position
     with _lock:
         if not _asked:
-            _position = following
+            _position = *loop, step + 1
             return False
-        _position = done
-    if not process_group.is_distributed() or _all_are_here(done):
+        _position = *loop, step
+    if not process_group.is_distributed() or _all_are_here((*loop, step)):
         return True
     with _lock:
-        _position = following
+        _position = *loop, step + 1
     return False
 
 

@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -374,7 +374,7 @@ class BaseSolver:
         """
         return self.result_logger.get_log_progress_bar(
             stage_name,
-            self._count_steps(stage_name, self._midway.loop(iterable)),
+            self._midway.loop(iterable, stage_name, self.steps),
             updates=updates,
             total=total if total is not None else length(iterable),
             done=self._midway.steps_before(),
@@ -383,11 +383,6 @@ class BaseSolver:
             formatter=self.get_formatter(stage_name),
             min_seconds=min_seconds,
         )
-
-    def _count_steps(self, stage_name: str, iterable: Iterable[T]) -> Iterator[T]:
-        for item in iterable:
-            self.steps[stage_name] = self.steps.get(stage_name, 0) + 1
-            yield item
 
     def log_step(self, metrics: Mapping[str, Any], every: int = 1) -> None:
         """Log the metrics of one step: points of the running stage's curves by step.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
+
+
+WEIGHT = "its weight"  # a name that no metric has
+NO_METRIC = "a metric is a number or a tensor of one element"
 
 
 def averager(beta: float = 1.0) -> Averages:
@@ -28,105 +33,89 @@ def averager(beta: float = 1.0) -> Averages:
 class Averages(Mapping[str, float]):
     """Averages of metrics so far, as numbers that are worked out when somebody looks.
 
-    Until then tensors stay on their device, and no step waits for it. A value that is infinite or
+    Until then what is on a GPU stays there, and no step waits for it. A value that is infinite or
     no number is left out and counted: `loss.nonfinite` is how many steps had such a `loss`.
     """
 
-    # Steps wait in a list, and are summed a fixed number at a time: so the order of the sums does
-    # not depend on when somebody looks, and a resumed run agrees to the last bit.
-    CHUNK = 256
+    WAITING = 10_000  # steps, at most, that nobody looked at: so memory is bounded
 
     def __init__(self, beta: float = 1.0) -> None:
         self._beta = beta
-        self._columns: dict[str, int] = {}
-        self._steps: list[_Step] = []
-        self._sums = torch.zeros(0, 3, dtype=torch.float64)
-        self._weight: Any = 0.0
+        # Of each metric: the weighted sum, the sum of weights, the count of nonfinite values.
+        self._sums: dict[str, list[float]] = {}
+        self._weight = 0.0
+        self._steps: list[dict[str, Any]] = []  # that wait to be summed
+        self._rows: list[torch.Tensor] = []  # what those have on a device, `[values]` each
         self._seen: dict[str, float] | None = {}
 
     def __call__(self, metrics: Mapping[str, Any], weight: Any = 1.0) -> Averages:
         """Take in the metrics of one step: numbers, or tensors of one element."""
         self._seen = None
-        tensors: dict[str, torch.Tensor] = {}
-        numbers: dict[str, Any] = {}
-        for name, value in metrics.items():
-            if isinstance(value, torch.Tensor):
-                tensors[name] = value
-            else:
-                numbers[name] = _number(name, value)
-            if name not in self._columns:
-                self._columns[name] = len(self._columns)
-        row = _row(tensors) if tensors else None
-        weight = _row({"weight": weight}) if isinstance(weight, torch.Tensor) else weight
-        self._weight = self._weight + weight
-        self._steps.append(_Step((*tensors, *numbers), row, [*numbers.values()], weight))
-        if len(self._steps) == self.CHUNK:
-            self._sums = self._sum()
-            self._steps = []
+        step, on_device = {**metrics, WEIGHT: weight}, []
+        try:
+            for name, value in step.items():
+                if not isinstance(value, torch.Tensor):
+                    step[name] = float(value)
+                elif value.is_cpu:
+                    step[name] = value.item()
+                else:
+                    on_device.append(name)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"average of {name}: {NO_METRIC}, not {value!r}") from None
+        if on_device:
+            self._rows.append(_row({name: step[name] for name in on_device}))
+            step |= dict.fromkeys(on_device)
+        self._steps.append(step)
+        if len(self._steps) >= (self.WAITING if self._rows else 100):
+            self._sum()
         return self
 
     @property
     def weight(self) -> float:
         """The sum of all weights, such as the number of examples."""
-        return float(self._weight)
+        self._sum()
+        return self._weight
 
     def state_dict(self) -> dict[str, Any]:
         """All that was taken in."""
-        return {
-            "columns": list(self._columns),
-            "steps": [tuple(step) for step in self._steps],
-            "sums": self._sums,
-            "weight": self._weight,
-        }
+        self._sum()
+        return {"sums": {n: list(sums) for n, sums in self._sums.items()}, "weight": self._weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what was taken in."""
-        self._columns = {name: index for index, name in enumerate(state["columns"])}
-        self._steps = [_Step(*step) for step in state["steps"]]
-        self._sums, self._weight = state["sums"], state["weight"]
-        self._seen = None
+        self._sums = {name: list(sums) for name, sums in state["sums"].items()}
+        self._weight, self._steps, self._rows, self._seen = state["weight"], [], [], None
+
+    def _sum(self) -> None:
+        """Sum the steps that wait, in their order; that takes one look at the device."""
+        values = iter(torch.cat(self._rows).tolist() if self._rows else ())
+        for step in self._steps:
+            if self._rows:
+                step = {n: next(values) if v is None else v for n, v in step.items()}
+            weight = step.pop(WEIGHT)
+            self._weight += weight
+            for name, value in step.items():
+                sums = self._sums.get(name) or self._sums.setdefault(name, [0.0, 0.0, 0])
+                if self._beta != 1:
+                    sums[0] *= self._beta
+                    sums[1] *= self._beta
+                if math.isfinite(value):
+                    sums[0] += value * weight
+                    sums[1] += weight
+                else:
+                    sums[2] += 1
+        self._steps, self._rows = [], []
 
     def _look(self) -> dict[str, float]:
         if self._seen is None:
+            self._sum()
             self._seen = {}
-            for name, sums in zip(self._columns, self._sum().tolist(), strict=True):
-                total, weight, nonfinite = sums
+            for name, (total, weight, nonfinite) in self._sums.items():
                 if weight:
                     self._seen[name] = total / weight
                 if nonfinite:
                     self._seen[f"{name}.nonfinite"] = nonfinite
         return self._seen
-
-    def _sum(self) -> torch.Tensor:
-        """Of each metric, the weighted sum, the sum of weights, and the count of nonfinite values.
-
-        Shape `[metrics, 3]`.
-        """
-        rows = [step.row for step in self._steps if step.row is not None]
-        device = rows[-1].device if rows else self._sums.device
-        shape = len(self._steps), len(self._columns)
-        values = torch.zeros(shape, dtype=_accurate(device), device=device)
-        present = torch.zeros_like(values, dtype=torch.bool)
-        alike: dict[tuple[tuple[str, ...], int], list[int]] = {}
-        for index, step in enumerate(self._steps):
-            alike.setdefault((step.names, len(step.numbers)), []).append(index)
-        for (names, _), steps in alike.items():
-            columns = _send([self._columns[name] for name in names], device, torch.long)
-            where = _send(steps, device, torch.long)[:, None], columns
-            values[where] = _block([self._steps[index] for index in steps], device)
-            present[where] = True
-
-        finite = values.isfinite()
-        weights = _weights(self._steps, device)[:, None] * present
-        if self._beta != 1:
-            ages = present.to(values).flip(0).cumsum(0).flip(0) - 1
-            weights = weights * self._beta**ages
-        weights = weights * finite
-        total = (values.where(finite, 0.0) * weights).sum(0)
-        sums = torch.stack([total, weights.sum(0), (present & ~finite).sum(0)], 1)
-        past = F.pad(self._sums.to(sums), (0, 0, 0, len(sums) - len(self._sums)))
-        past[:, :2] *= self._beta ** present.to(values).sum(0)[:, None]
-        return past + sums
 
     def __getitem__(self, name: str) -> float:
         return self._look()[name]
@@ -141,66 +130,18 @@ class Averages(Mapping[str, float]):
         return repr(self._look())
 
 
-class _Step(NamedTuple):
-    """Metrics of one step: first those that are tensors, in one row, then numbers."""
-
-    names: tuple[str, ...]
-    row: torch.Tensor | None
-    numbers: list[Any]
-    weight: Any
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"average of {name}: {value!r} is not a number") from None
-
-
 def _row(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A copy of tensors of one element, `[metrics]`."""
-    values = [*tensors.values()]
-    if len({value.dtype for value in values}) == 1:
-        try:
-            row = torch.stack(values).detach()
-        except RuntimeError:  # of several shapes, or devices
-            pass
-        else:
-            if row.ndim == 1:
-                return row
+    """A copy of tensors of one element, `[values]`, on their device."""
+    values = [value.detach() for value in tensors.values()]
+    alike = len({(v.dtype, v.shape, v.device) for v in values}) == 1
+    if alike and not values[0].ndim:
+        return torch.stack(values)
     for name, value in tensors.items():
         if value.numel() != 1:
-            raise ValueError(f"average of {name}: a metric has one element, not {value}")
-    device = next((v.device for v in values if v.device.type != "cpu"), values[0].device)
-    return torch.stack([v.detach().reshape(()).to(device, _accurate(device)) for v in values])
-
-
-def _block(steps: list[_Step], device: torch.device) -> torch.Tensor:
-    """Values of steps that have the same metrics, `[steps, metrics]`."""
-    numbers = _send([step.numbers for step in steps], device)
-    rows = [step.row.to(device) for step in steps if step.row is not None]
-    return torch.cat([torch.stack(rows).to(numbers), numbers], 1) if rows else numbers
-
-
-def _weights(steps: list[_Step], device: torch.device) -> torch.Tensor:
-    """Weights of steps, `[steps]`."""
-    weights = [step.weight for step in steps]
-    if not any(isinstance(weight, torch.Tensor) for weight in weights):
-        return _send(weights, device)
-    rows = [w if isinstance(w, torch.Tensor) else torch.tensor([w]) for w in weights]
-    return torch.cat([row.to(device, _accurate(device), non_blocking=True) for row in rows])
-
-
-def _send(
-    numbers: list[Any], device: torch.device, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """Numbers as a tensor on a device, without waiting for it."""
-    return torch.tensor(numbers, dtype=dtype or _accurate(device)).to(device, non_blocking=True)
-
-
-def _accurate(device: torch.device) -> torch.dtype:
-    """The dtype to sum in: lower precision loses a step after some thousands."""
-    return torch.float32 if device.type == "mps" else torch.float64
+            raise ValueError(f"average of {name}: {NO_METRIC}, not {value!r}")
+    device = values[0].device
+    accurate = torch.float32 if device.type == "mps" else torch.float64
+    return torch.stack([value.reshape(()).to(device, accurate) for value in values])
 
 
 def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -187,10 +187,14 @@ def test_averages() -> None:
     moving = averager(beta=0.5)
     moving({"a": 0.0})
     assert moving({"a": 3.0})["a"] == 2.0
-    with pytest.raises(ValueError, match="average of x: a metric has one element"):
+    with pytest.raises(
+        ValueError, match=r"average of x: a metric is .* one element, not tensor\(\[0"
+    ):
         average({"x": torch.zeros(2)})
-    with pytest.raises(ValueError, match="average of x: 'high' is not a number"):
+    with pytest.raises(ValueError, match="average of x: a metric is a number .*, not 'high'"):
         average({"x": "high"})
+    with pytest.raises(ValueError, match="average of its weight: .*, not None"):
+        average({"x": 1.0}, weight=None)
 
 
 def test_averages_of_metrics_of_many_kinds() -> None:
@@ -239,8 +243,9 @@ def test_averages_leave_out_and_count_what_is_no_number() -> None:
 
 
 class Unread(torch.Tensor):
-    """Must not be waited for."""
+    """As if on a GPU, and must not be waited for."""
 
+    is_cpu = False
     readable = False
 
     @classmethod
@@ -255,10 +260,12 @@ def test_no_step_waits_for_the_device(caplog: pytest.LogCaptureFixture) -> None:
     average = averager()
     bar = LogProgressBar(logging.getLogger("bar"), range(600), updates=1)
     for step in bar:
-        found = average({"x": torch.tensor(1.0).as_subclass(Unread), "step": step})
+        loss, weight = torch.tensor(1.0), torch.tensor(2)
+        found = average({"x": loss.as_subclass(Unread), "step": step}, weight.as_subclass(Unread))
         bar.update(found)
         Unread.readable = step == 599  # a line follows
-    assert found["x"] == 1.0
+    assert found == {"x": 1.0, "step": 299.5}
+    assert found.weight == 1200
     assert "x 1.000" in caplog.text
 
 
