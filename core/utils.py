@@ -12,7 +12,6 @@ from typing import IO, Any
 import torch
 import torch.nn.functional as F
 
-
 WEIGHT = "its weight"  # a name that no metric has
 NO_METRIC = "a metric is a number or a tensor of one element"
 

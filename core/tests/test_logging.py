@@ -187,13 +187,11 @@ def test_averages() -> None:
     moving = averager(beta=0.5)
     moving({"a": 0.0})
     assert moving({"a": 3.0})["a"] == 2.0
-    with pytest.raises(
-        ValueError, match=r"average of x: a metric is .* one element, not tensor\(\[0"
-    ):
+    with pytest.raises(ValueError, match=r"average of x: .* one element, not tensor\(\[0"):
         average({"x": torch.zeros(2)})
-    with pytest.raises(ValueError, match="average of x: a metric is a number .*, not 'high'"):
+    with pytest.raises(ValueError, match=r"average of x: a metric is a number .*, not 'high'"):
         average({"x": "high"})
-    with pytest.raises(ValueError, match="average of its weight: .*, not None"):
+    with pytest.raises(ValueError, match=r"average of its weight: .*, not None"):
         average({"x": 1.0}, weight=None)
 
 
