@@ -22,7 +22,6 @@ from .xp import XP, get_xp
 
 T = TypeVar("T")
 
-_END: Any = object()
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _COLOURS = {"WARNING": "33", "ERROR": "31", "CRITICAL": "31;1"}
 
@@ -192,15 +191,10 @@ class LogProgressBar(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         done, logged, waited = self._done, self._done, 0.0
         self._metrics = {}
-        iterator = iter(self._iterable)
         live = self._live_bar()
-        last = time.perf_counter()
+        asked = last = time.perf_counter()
         try:
-            while True:
-                asked = time.perf_counter()
-                item = next(iterator, _END)
-                if item is _END:
-                    break
+            for item in self._iterable:
                 given = time.perf_counter()
                 waited += given - asked
                 done += 1
@@ -213,6 +207,7 @@ class LogProgressBar(Generic[T]):
                     last, logged, waited = now, done, 0.0
                 if live is not None and live.update():  # now and then it shows itself
                     live.set_postfix_str(self._delimiter.join(self._items()), refresh=False)
+                asked = time.perf_counter()
         finally:
             if live is not None:
                 live.close()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from . import distrib, preemption
 from .loader import EpochSampler
@@ -16,7 +15,6 @@ from .xp import Preempted
 
 T = TypeVar("T")
 
-_END: Any = object()
 _LAST = 2**62  # behind all steps of a loop
 
 
@@ -134,17 +132,15 @@ class Midway:
         try:
             iterator = self._begin(stage, iterable, before)
             where = self._epoch, len(self._done), stage.loop
-            for step in itertools.count(before):
-                stage.step = step
-                if preemption.stop_here(where, step):
-                    # To be saved further up: there, whatever lends a model other weights has ended.
-                    stage.now = get_generators()
-                    raise Preempted(preemption.asked())
-                item = next(iterator, _END)
-                if item is _END:
-                    return
+            stage.step = before
+            if preemption.stop_here(where, before):
+                _stop(stage)
+            for item in iterator:
                 steps[name] += 1
                 yield item
+                stage.step += 1
+                if preemption.stop_here(where, stage.step):
+                    _stop(stage)
         finally:
             self._depth -= 1
             preemption.passed((self._epoch, len(self._done), stage.loop, _LAST))
@@ -195,3 +191,9 @@ class Midway:
         self._done = [(name, dict(metrics)) for name, metrics in state["done"]]
         self._resumed = len(self._done)
         self._saved = state["stage"]
+
+
+def _stop(stage: _Stage) -> NoReturn:
+    # To be saved further up: there, whatever lends a model other weights has ended.
+    stage.now = get_generators()
+    raise Preempted(preemption.asked())
