@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from . import distrib
-from .state import StateDict, plain
+from .state import Records, StateDict, plain
 from .utils import write_and_rename
 
 logger = logging.getLogger(__name__)
@@ -111,8 +111,9 @@ def _write(state: StateDict, path: Path, epoch: int, what: str, keep: bool = Fal
     try:
         if keep and path.exists():
             _keep(path)
+        whole = {n: plain([*v], n) if isinstance(v, Records) else v for n, v in state.items()}
         with write_and_rename(path) as file:
-            torch.save({"checkpoint": about, **state}, file)
+            torch.save({"checkpoint": about, **whole}, file)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{what} could not be saved to {path}: {error.__context__ or error}; "

@@ -17,9 +17,9 @@ from . import checkpoint, distrib, loader, preemption
 from .formatter import Formatter
 from .logging import LogProgressBar, ResultLogger, length, to_numbers
 from .midway import Midway
-from .state import AttributeWrapper, RNGState, StateDict, StateManager, plain, summary
+from .state import AttributeWrapper, Records, RNGState, StateDict, StateManager, plain, summary
 from .utils import Averages, flatten
-from .xp import XP, FolderXP, Preempted, get_xp, in_signature, resume_command
+from .xp import XP, FolderXP, HistoryFile, Preempted, get_xp, in_signature, resume_command
 
 T = TypeVar("T")
 
@@ -44,7 +44,8 @@ class BaseSolver:
         self.xp: XP = FolderXP(Path(xp)) if isinstance(xp, (str, Path)) else xp or get_xp()
         self.logger = logging.getLogger(type(self).__name__)
         self.result_logger = ResultLogger(self.logger, xp=self.xp)
-        self.history: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = Records()
+        self._history_file = HistoryFile(self.xp.link)
         self.steps: dict[str, int] = {}
         self.stateful = StateManager()
         self.register_stateful("history", "steps")
@@ -114,7 +115,7 @@ class BaseSolver:
     def _save(self, state: StateDict) -> None:
         if not distrib.is_rank_zero():
             return
-        path, history = self.checkpoint_path, plain(self.history)
+        path, history = self.checkpoint_path, [*self.history]
 
         def write(state: StateDict) -> None:
             checkpoint.save(state, path, history, self.checkpoints)
@@ -225,7 +226,7 @@ class BaseSolver:
 
     def _publish(self, history: list[dict[str, Any]]) -> None:
         if distrib.is_rank_zero():
-            self.xp.link.update_history(history)
+            self._history_file.write(history)
 
     def _start_epoch(self) -> None:
         self._pending_metrics: dict[str, Any] = {}

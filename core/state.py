@@ -201,6 +201,17 @@ def summary(value: Any) -> str:
     )
 
 
+class Records(list[Any]):
+    """A list that may grow long, of records that do not change, such as the history.
+
+    A snapshot of it is a list of the same records, however many: they are made plain as they are
+    written, in the background.
+    """
+
+    def copy(self) -> Records:
+        return Records(self)
+
+
 class WriteOnlyWrapper:
     """A source whose state is saved, for people to read, and never restored."""
 
@@ -463,7 +474,7 @@ def plain(
     if isinstance(value, torch.Tensor):
         # What is spread over the ranks (`fully_shard`) is put together, on all of them.
         return copy(value.full_tensor() if hasattr(value, "full_tensor") else value)
-    if type(value) in _PLAIN:
+    if type(value) in _PLAIN or isinstance(value, Records):
         return value
     if isinstance(value, OrderedDict) and hasattr(value, "_metadata"):  # of a module, has versions
         state = OrderedDict((key, plain(v, f"{name}.{key}", copy)) for key, v in value.items())

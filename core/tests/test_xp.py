@@ -231,3 +231,20 @@ def test_dora_still_needs_mending(tmp_path: Path) -> None:
     assert "os.getlogin()" in inspect.getsource(shep.Shepherd._check_orphans)
     assert "gres" in inspect.getsource(shep.Shepherd._get_submitit_executor)
     assert SlurmConfig().partition == "learnlab"
+
+
+def test_dora_reads_the_history(tmp_path: Path) -> None:
+    from dora.link import Link
+
+    link = Link(tmp_path / "history.json")
+    file, history = xp.HistoryFile(link), [{"valid": {"loss": 1 / e, "acc": e}} for e in range(1, 4)]
+    for known in (history[:1], history, history[:2]):  # also of a run that lost an epoch
+        file.write(known)
+        found = Link(link.history_file)
+        found.load()
+        assert found.history == link.history == known
+    history[0]["valid"]["late"] = 0.5
+    file.write(history)
+    found.load()
+    assert found.history == history
+    assert len(link.history_file.read_text().splitlines()) == len(history) + 2
