@@ -237,7 +237,8 @@ def test_dora_reads_the_history(tmp_path: Path) -> None:
     from dora.link import Link
 
     link = Link(tmp_path / "history.json")
-    file, history = xp.HistoryFile(link), [{"valid": {"loss": 1 / e, "acc": e}} for e in range(1, 4)]
+    file = xp.HistoryFile(link)
+    history = [{"valid": {"loss": 1 / e, "acc": e}} for e in range(1, 4)]
     for known in (history[:1], history, history[:2]):  # also of a run that lost an epoch
         file.write(known)
         found = Link(link.history_file)
