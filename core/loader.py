@@ -12,7 +12,7 @@ import logging
 import multiprocessing
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from typing import Any, cast
 
@@ -72,17 +72,8 @@ def loader(
         worker_init_fn: called in each worker after it is seeded.
         kwargs: keyword arguments of `klass`.
     """
-    for taken in ("sampler", "batch_sampler"):
-        if kwargs.get(taken) is not None:
-            raise ValueError(f"loader: {taken}= and sharding exclude each other; use {klass}")
-    if kwargs.get("persistent_workers"):
-        logger.warning("persistent_workers: random numbers of workers will differ after a resume")
+    _check(dataset, shuffle, updates_per_epoch, kwargs)
     if isinstance(dataset, IterableDataset):
-        if shuffle or updates_per_epoch is not None:
-            raise ValueError(
-                "loader: an iterable dataset has an order and an end of its own; "
-                "shuffle= and updates_per_epoch= are for those with a length"
-            )
         dataset = _IterableShard(dataset)
     else:
         examples = None
@@ -93,6 +84,21 @@ def loader(
     # A generator of its own keeps the loader from drawing on the global one.
     kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
     return klass(dataset, *args, worker_init_fn=_SeedWorker(seed, worker_init_fn), **kwargs)
+
+
+def _check(
+    dataset: Dataset[Any], shuffle: bool, updates: int | None, arguments: Mapping[str, Any]
+) -> None:
+    for taken in ("sampler", "batch_sampler"):
+        if arguments.get(taken) is not None:
+            raise ValueError(f"loader: {taken}= and sharding exclude each other; use DataLoader")
+    if isinstance(dataset, IterableDataset) and (shuffle or updates is not None):
+        raise ValueError(
+            "loader: an iterable dataset has an order and an end of its own; "
+            "shuffle= and updates_per_epoch= are for those with a length"
+        )
+    if arguments.get("persistent_workers"):
+        logger.warning("persistent_workers: random numbers of workers will differ after a resume")
 
 
 class EpochSampler(Sampler[int]):

@@ -143,7 +143,8 @@ class Midway:
                     _stop(stage)
         finally:
             self._depth -= 1
-            preemption.passed((self._epoch, len(self._done), stage.loop, _LAST))
+            if not stage.now:  # else this rank stays where it stopped, until all are there
+                preemption.passed((self._epoch, len(self._done), stage.loop, _LAST))
 
     def _begin(self, stage: _Stage, iterable: Iterable[T], before: int) -> Iterator[T]:
         """Iterate from the start or from where the loop was, with the generators as they were."""

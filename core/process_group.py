@@ -113,15 +113,24 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
     elif "OMP_NUM_THREADS" not in os.environ:
         # Processes that each take all cores slow one another down manyfold.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here.local_world_size))
+    _store = _join(here, backend, timedelta(seconds=timeout))
+    atexit.register(_leave_at_exit)
+    if sys.version_info < (3, 12):
+        os.register_at_fork(before=_settle)
+    _end_with_launcher()
+    logger.info("Process group: rank %d of %d, %s", rank(), world_size(), dist.get_backend())
+
+
+def _join(here: Place, backend: str | None, patience: timedelta) -> Store:
+    """Meet the other ranks; return a store for a few words."""
     # Its functions have the process group of the moment of their import as a default argument.
     # Were that ours, it would outlive `leave`, and its threads might crash the end of Python.
     importlib.import_module("torch.distributed.nn.functional")
-    patience = timedelta(seconds=timeout)
     meeting = rendezvous(_rendezvous(here), here.rank, here.world_size, timeout=patience)
     store, _, _ = next(meeting)
     store.set_timeout(patience)
     # What is said in words travels between CPUs and never waits for a GPU.
-    if cuda and backend in (None, "nccl"):
+    if torch.cuda.is_available() and backend in (None, "nccl"):
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(
         backend or "gloo",
@@ -130,12 +139,7 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
         world_size=here.world_size,
         timeout=patience,
     )
-    _store = PrefixStore("whereabouts", store)
-    atexit.register(_leave_at_exit)
-    if sys.version_info < (3, 12):
-        os.register_at_fork(before=_settle)
-    _end_with_launcher()
-    logger.info("Process group: rank %d of %d, %s", rank(), world_size(), dist.get_backend())
+    return PrefixStore("whereabouts", store)
 
 
 def _rendezvous(here: Place) -> str:

@@ -194,7 +194,7 @@ def chart(runs: Sequence[Run], name: str, of: str) -> str:
     """One metric of all runs, as a piece of HTML."""
     import plotly.graph_objects as go
 
-    figure = go.Figure()
+    figure, markers = go.Figure(), 30 if len(runs) <= len(COLOURS) else 1
     for index, run in enumerate(runs):
         curve = getattr(run, of).get(name, {})
         colour, dash = style(index)
@@ -202,9 +202,7 @@ def chart(runs: Sequence[Run], name: str, of: str) -> str:
             x=list(curve),
             y=[value if math.isfinite(value) else None for value in curve.values()],
             name=run.sig,
-            mode="lines"
-            if len(curve) > (30 if len(runs) <= len(COLOURS) else 1)
-            else "lines+markers",
+            mode="lines" if len(curve) > markers else "lines+markers",
             line={"color": colour, "dash": dash, "width": 2},
             marker={"size": 5},
             hovertemplate=f"<b>{run.sig}</b><br>{of[:-1]} %{{x}}: %{{y:.5g}}<extra></extra>",

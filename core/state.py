@@ -486,6 +486,10 @@ def plain(
         return tuple(plain(v, f"{name}.{i}", copy) for i, v in enumerate(value))
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(v, f"{name}.{i}", copy) for i, v in enumerate(value)]
+    return _converted(value, name, copy)
+
+
+def _converted(value: Any, name: str, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
@@ -495,7 +499,7 @@ def plain(
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Namespace):
-        return plain(vars(value), name)
+        return plain(vars(value), name, copy)
     raise TypeError(
         f"{name} is a {type(value).__qualname__}, which a checkpoint can't hold: "
         "keep tensors, numbers, strings, lists and dicts in the state"

@@ -23,7 +23,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from .utils import flatten, write_and_rename
 
@@ -209,8 +209,7 @@ def _main_class() -> Any:
             try:
                 return super().get_xp(list(argv))
             except Exception as error:
-                keys: Any = OmegaConf.to_container(self._base_cfg)
-                known = list(flatten(keys))
+                known = [*flatten(cast(Any, OmegaConf.to_container(self._base_cfg)))]
                 raise SystemExit(f"Config error: {_one_line(error, known)}") from None
 
         def _get_dora(self) -> Any:
@@ -228,28 +227,32 @@ def _main_class() -> Any:
             return super().get_slurm_config()
 
         def _is_active(self, argv: list[str]) -> bool:
-            # Flags such as --help and --cfg are Hydra's own and belong to no run.
-            return not any(arg.startswith("-") for arg in argv)
+            return not any(arg.startswith("-") for arg in argv)  # such as Hydra's own --help
 
         def _main(self) -> Any:
             from dora.xp import is_xp
 
             if not is_xp():
                 return super()._main()  # type: ignore[no-untyped-call]
-            # A terminated run ends as an interrupted one does: with its last checkpoint on disk.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            try:
-                # The config was composed for the signature: no need for Hydra to do it again.
-                return self.main(get_xp().cfg)
-            except Preempted as stopped:
-                _requeue(by=str(stopped))
-                logger.warning("The same command goes on with the next step.")
-                raise SystemExit(130) from None
-            except KeyboardInterrupt:
-                logger.warning("Interrupted. The same command goes on from the last commit.")
-                raise SystemExit(130) from None
+            return _run(self.main)
 
     return Main
+
+
+def _run(main: Callable[[Any], Any]) -> Any:
+    """Call `main` with the config of the run; say how to go on if it is interrupted."""
+    # A terminated run ends as an interrupted one does: with its last checkpoint on disk.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        # The config was composed for the signature: no need for Hydra to do it again.
+        return main(get_xp().cfg)
+    except Preempted as stopped:
+        _requeue(by=str(stopped))
+        logger.warning("The same command goes on with the next step.")
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        logger.warning("Interrupted. The same command goes on from the last commit.")
+        raise SystemExit(130) from None
 
 
 def _mend_dora() -> None:

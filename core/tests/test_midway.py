@@ -250,6 +250,29 @@ def test_ranks_stop_behind_the_same_step(tmp_path: Path, ranks: int) -> None:
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
+class Late(Solver):
+    """Rank one is asked to stop where no rank waits for it, and comes late to the next epoch."""
+
+    def commit(self, save_checkpoint: bool = True) -> None:
+        super().commit(save_checkpoint)
+        time.sleep(0.5 * distrib.rank())
+
+
+def stop_late(folder: str) -> str:
+    torch.set_num_threads(1)
+    distrib.init()
+    solver = Late(Path(folder))
+    solver.stop_at = {(1, "second", 4)} if distrib.rank() == 1 else set()
+    with pytest.raises(Preempted):
+        solver.run()
+    return f"epoch {solver.epoch} after {len(solver.seen)} steps"
+
+
+def test_a_rank_that_stopped_waits_for_one_that_is_late(tmp_path: Path) -> None:
+    one, other = on_ranks(stop_late, str(tmp_path))
+    assert one == other
+
+
 def test_another_number_of_ranks_goes_on_from_the_commit(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

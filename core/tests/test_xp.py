@@ -236,16 +236,17 @@ def test_dora_still_needs_mending(tmp_path: Path) -> None:
 def test_dora_reads_the_history(tmp_path: Path) -> None:
     from dora.link import Link
 
-    link = Link(tmp_path / "history.json")
+    path = tmp_path / "history.json"
+    link = Link(path)
     file = xp.HistoryFile(link)
     history = [{"valid": {"loss": 1 / e, "acc": e}} for e in range(1, 4)]
     for known in (history[:1], history, history[:2]):  # also of a run that lost an epoch
         file.write(known)
-        found = Link(link.history_file)
+        found = Link(path)
         found.load()
         assert found.history == link.history == known
     history[0]["valid"]["late"] = 0.5
     file.write(history)
     found.load()
     assert found.history == history
-    assert len(link.history_file.read_text().splitlines()) == len(history) + 2
+    assert len(path.read_text().splitlines()) == len(history) + 2

@@ -1,0 +1,130 @@
+"""Every example with every tracker lives a whole life: `nox -s matrix`, which installs them all.
+
+Each project in the folder that `MATRIX` names is called `<example>-<tracker>`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+if "MATRIX" not in os.environ:
+    pytest.skip("only under `nox -s matrix`", allow_module_level=True)
+
+QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text())
+COMBINATIONS = [f"{e}-{t}" for e, t in product(QUESTIONS["example"], QUESTIONS["tracker"])]
+# Long enough to be killed on the way.
+SHORT = {
+    "digits": ["epochs=8"],
+    "basic": ["epochs=100"],
+    "text": ["epochs=4", "data.updates_per_epoch=5"],
+    "adversarial": ["epochs=30"],
+}
+FILES = {"tensorboard": {"tensorboard"}, "wandb": {"wandb"}, "both": {"tensorboard", "wandb"}}
+GRID = """
+from .lr import explorer as columns
+
+
+@type(columns)
+def explorer(launcher):
+    launcher.bind_({overrides})
+    for seed in (2, 3):
+        launcher({{"seed": seed}})
+"""
+
+
+class Project:
+    """A rendered project, and the runs in a folder."""
+
+    def __init__(self, name: str, outputs: Path) -> None:
+        self.folder = Path(os.environ["MATRIX"], name)
+        self.package = name.replace("-", "_")
+        self.overrides = SHORT[name.split("-")[0]]
+        self.outputs = outputs
+        self.env = os.environ | {
+            f"{self.package.upper()}_DIR": str(outputs),
+            "DORA_PACKAGE": self.package,
+            "OMP_NUM_THREADS": "1",
+            "WANDB_MODE": "offline",
+        }
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=self.folder,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *command: str) -> str:
+        process = self.start(*command)
+        said, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, said
+        return said
+
+    def runs(self) -> list[Path]:
+        """The folders of the runs that committed an epoch, by age."""
+        found = [path.parent for path in self.outputs.glob("xps/*/history.json")]
+        return sorted(found, key=lambda folder: (folder / "solver.log.0").stat().st_ino)
+
+
+def epochs(run: Path) -> int:
+    return len(json.loads((run / "history.json").read_text()))
+
+
+@pytest.fixture(params=COMBINATIONS)
+def project(request: pytest.FixtureRequest, tmp_path: Path) -> Project:
+    return Project(request.param, tmp_path)
+
+
+def test_own_rules_hold(project: Project) -> None:
+    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
+        project.run("-m", *command)
+
+
+def test_own_tests_pass(project: Project) -> None:
+    project.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
+
+
+def test_a_whole_life(project: Project) -> None:
+    dora = ["-m", "dora", "run", *project.overrides]
+    killed = project.start(*dora)
+    while not project.runs():
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    [run] = project.runs()
+    done, total = epochs(run), int(project.overrides[0].partition("=")[2])
+    assert 0 < done < total
+    assert f"starts with epoch {done + 1}:" in project.run(*dora)
+    assert epochs(run) == total
+    tracker = project.folder.name.partition("-")[2]
+    assert FILES.get(tracker, set()) == {"tensorboard", "wandb"} & {p.name for p in run.iterdir()}
+
+    load = f"from {project.package}.train import load_solver as load; "
+    load += f"print(len(load('{run.name}').history), 'epochs')"
+    assert f"{total} epochs" in project.run("-c", load)
+
+    project.run(*dora, "-d", "--ddp_workers=2", "seed=1")
+    [other] = {*project.runs()} - {run}
+    assert epochs(other) == total
+    assert (other / "solver.log.1").exists()
+
+    overrides = dict(override.split("=") for override in project.overrides)
+    grid = GRID.format(overrides={k: int(v) for k, v in overrides.items()})
+    package = project.folder / project.package
+    (package / "grids" / "seeds.py").write_text(grid)
+    said = project.run("-m", f"{project.package}.core.sweep", "seeds", "--workers", "1")
+    assert said.split("\n\n")[-1].count(" COM ") == 2
+    assert [epochs(path) for path in project.runs()] == [total] * 4
