@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,17 @@ CLASHES = {
     "DU": "you deleted it, the template changed it",
     "UD": "you changed it, the template deleted it",
 }
-# What git is told by its environment holds for another repo than those in use here.
-OUTER = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OUTER} | {
-    "GIT_AUTHOR_NAME": "cookiecutter-solver",
-    "GIT_AUTHOR_EMAIL": "cookiecutter-solver@localhost",
-    "GIT_COMMITTER_NAME": "cookiecutter-solver",
-    "GIT_COMMITTER_EMAIL": "cookiecutter-solver@localhost",
+# Git may have started us, with what holds for its own repo and not for the others in use here.
+OURS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OURS}
+SETTINGS = {
+    "core.fsmonitor": "false",
+    "core.hooksPath": "/dev/null",
+    "core.quotePath": "false",
+    "merge.conflictStyle": "diff3",
+    "merge.renames": "true",
+    "user.name": "cookiecutter-solver",
+    "user.email": "cookiecutter-solver@localhost",
 }
 
 
@@ -53,7 +56,7 @@ class UpdateError(Exception):
 
 @dataclass
 class Record:
-    """What a rendered project knows of where it came from."""
+    """Where a project came from."""
 
     template: str
     version: str
@@ -70,22 +73,17 @@ class Record:
         except (ValueError, TypeError) as error:
             raise UpdateError(f"{project / RECORD} can't be read: {error}") from error
 
-    def write(self, project: Path) -> None:
-        """Write it as cookiecutter renders it."""
-        text = json.dumps(vars(self), indent=2, ensure_ascii=False)
-        (project / RECORD).write_text(text + "\n", encoding="utf-8")
-
     @property
     def sha(self) -> str | None:
         """The commit, or the last one before changes that were not committed."""
         return self.commit and self.commit.removesuffix("-dirty")
 
     def __str__(self) -> str:
-        return f"{self.version} ({self.sha[:7]})" if self.sha else self.version
+        return f"{self.version} ({self.sha[:7] if self.sha else 'no commit'})"
 
 
 class Template:
-    """A template: a git repo with all of its versions, or a folder or zip with one.
+    """A git repo with all versions of a template, or a folder or zip with one.
 
     Args:
         address: a path or URL, as cookiecutter takes it.
@@ -96,96 +94,88 @@ class Template:
         self.address, self.scratch = address, scratch
         self.clone: Path | None = None
         where = address.removeprefix("git+")
-        if "://" not in where and "@" not in where and not Path(where).exists():
+        if ":" not in where and not Path(where).exists():
             raise UpdateError(f"there is no template at {where}: say where, with --template")
         plain = Path(where, "cookiecutter.json").exists() and not Path(where, ".git").exists()
         if not (plain or where.endswith(".zip")):
             self.clone = Path(tempfile.mkdtemp(dir=scratch))
-            git(scratch, "clone", "--quiet", "--no-checkout", where, str(self.clone))
+            git(
+                scratch,
+                "clone",
+                "--quiet",
+                "--no-checkout",
+                "--origin=origin",
+                where,
+                str(self.clone),
+            )
 
-    def find(self, ref: str) -> str | None:
-        """The commit of a tag, branch or commit; None if it isn't there."""
-        assert self.clone
-        for name in (ref, f"origin/{ref}"):
-            command = ["rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"]
-            if found := git(self.clone, *command, check=False):
-                return found
-        return None
-
-    def choose(self, ref: str | None) -> str | None:
-        """The commit of the wanted version, or of the newest; None where there is but one."""
-        if self.clone is None and ref:
-            raise UpdateError(f"{self.address} is no git repo and holds one version: omit --to")
+    def find(self, ref: str | None) -> str | None:
+        """The commit of a tag, branch or commit, or else of HEAD; None where there is no git."""
         if self.clone is None:
             return None
-        if commit := self.find(ref or "HEAD"):
-            return commit
+        if ref:  # a commit may be on no branch any more
+            git(self.clone, "fetch", "--quiet", "origin", ref, check=False)
+        for name in (ref, f"origin/{ref}") if ref else ("HEAD",):
+            commit = f"{name}^{{commit}}"
+            if found := git(self.clone, "rev-parse", "--verify", "--quiet", commit, check=False):
+                return found
         tags = git(self.clone, "tag", "--sort=-creatordate").split()[:5]
         known = f"; the newest tags are {', '.join(tags)}" if tags else ""
-        raise UpdateError(f"no tag, branch or commit {ref!r} in {self.address}{known}")
-
-    def recall(self, record: Record) -> Path | None:
-        """Render the version that a project came from; None if it isn't here."""
-        if self.clone:
-            commit = self.find(record.sha or f"v{record.version}")
-            return self.render(commit, record.answers) if commit else None
-        project = self.render(None, record.answers)
-        found = Record.read(project)
-        same = found.sha == record.sha if record.sha else found.version == record.version
-        return project if same else None
+        raise UpdateError(f"no tag, branch or commit {ref or 'HEAD'} in {self.address}{known}")
 
     def render(self, commit: str | None, answers: Mapping[str, Any]) -> Path:
         """Render in a process of its own, away from all that cookiecutter keeps of the user's."""
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
-        source, out, config = self.address, folder / "out", folder / "config.yaml"
+        source, config = self.address, folder / "config.yaml"
         if self.clone and commit:
             source = str(folder / "source")
             git(self.clone, "worktree", "add", "--quiet", "--detach", source, commit)
         keep = {f"{what}_dir": str(folder / what) for what in ("cookiecutters", "replay")}
         config.write_text(json.dumps(keep), encoding="utf-8")  # JSON is YAML
-        command = [sys.executable, "-m", "cookiecutter", source, "--no-input"]
-        command += ["--config-file", str(config), "--output-dir", str(out)]
+        options = ["--no-input", "--config-file", str(config), "--output-dir", str(folder / "out")]
+        given = [f"{name}={value}" for name, value in answers.items()]
         done = subprocess.run(
-            [*command, *(f"{name}={value}" for name, value in answers.items())],
+            [sys.executable, "-m", "cookiecutter", source, *options, *given],
             cwd=folder,
             env=ENVIRONMENT | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder)),
             capture_output=True,
             text=True,
         )
         if done.returncode:
-            version = f" at {commit[:7]}" if commit else ""
-            raise UpdateError(f"{self.address}{version} does not render: {reason(done)}")
-        [project] = out.iterdir()
+            raise UpdateError(
+                f"{commit or self.address} does not render: {reason(done.stderr or done.stdout)}"
+            )
+        [project] = (folder / "out").iterdir()
         shutil.rmtree(project / ".git", ignore_errors=True)
         record = Record.read(project)
-        record.template, record.commit = self.address, commit or record.commit
-        record.write(project)
+        record = replace(record, template=self.address, commit=commit or record.commit)
+        text = json.dumps(vars(record), indent=2, ensure_ascii=False)
+        (project / RECORD).write_text(text + "\n", encoding="utf-8")
         return project
 
 
-def reason(done: subprocess.CompletedProcess[str]) -> str:
+def reason(said: str) -> str:
     """The one line that matters of what a failed command said."""
-    lines = done.stderr.strip().splitlines() or ["it says nothing"]
+    lines = said.strip().splitlines() or ["no reason is given"]
     fatal = [line for line in lines if line.startswith(("fatal: ", "error: "))]
     return (fatal or lines[-1:])[0].removeprefix("ValueError: ")
 
 
 def git(cwd: Path, *arguments: str, check: bool = True, env: Mapping[str, str] = {}) -> str:
-    """Run git, without anybody's hooks; return what it prints, but for the last line break."""
-    command = ["git", "-c", "core.hooksPath=/dev/null", "-c", "core.quotePath=false", *arguments]
-    done = subprocess.run(
-        command, cwd=cwd, env={**ENVIRONMENT, **env}, capture_output=True, text=True
-    )
+    """Run git; return what it prints, but for the last line break."""
+    settings = [part for item in SETTINGS.items() for part in ("-c", "=".join(item))]
+    command = ["git", *settings, *arguments]
+    env = {**ENVIRONMENT, **env}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     if check and done.returncode:
-        raise UpdateError(f"git failed: {reason(done)}")
+        raise UpdateError(f"git failed: {reason(done.stderr)}")
     return done.stdout.rstrip("\n")
 
 
 def check_project(project: Path) -> Path:
     """Refuse where a merge could lose something; return the root of the git repo."""
     if git(project, "rev-parse", "--is-inside-work-tree", check=False) != "true":
-        cure = "`git init`, `git add --all` and `git commit` first"
-        raise UpdateError(f"{project} is in no git repo: {cure}")
+        raise UpdateError(f"{project} is in no git repo: `git init` and commit it first")
     if not git(project, "ls-tree", "--name-only", "HEAD", RECORD, check=False):
         raise UpdateError(f"{project} is not committed: `git add --all` and `git commit` first")
     root = Path(git(project, "rev-parse", "--show-toplevel"))
@@ -195,28 +185,55 @@ def check_project(project: Path) -> Path:
     return root
 
 
-def store(repo: Path, tree: Path, message: str, *options: str) -> str:
-    """Keep a folder as a commit that no branch knows, by an index of its own; return its name."""
+def check_untracked(root: Path, trial: Path) -> None:
+    """Refuse a merge, tried elsewhere, that would write over a file that is not committed."""
+    known = set(git(root, "ls-files", "-z").split("\0"))
+    for name in sorted(set(git(trial, "ls-files", "-z").split("\0")) - known):
+        for path in (Path(name), *Path(name).parents):
+            is_folder = path != Path(name) and (root / path).is_dir()
+            if os.path.lexists(root / path) and not is_folder and path.as_posix() not in known:
+                raise UpdateError(f"{path} is not committed, and in the way: move it elsewhere")
+
+
+def recall(record: Record, template: Template) -> Path:
+    """Render the version that a project came from, from wherever it still is."""
+    errors = []
+    for address in dict.fromkeys((template.address, record.template)):
+        try:
+            source = template
+            if address != template.address:
+                source = Template(address, template.scratch)
+            commit = source.find(record.sha or f"v{record.version}")
+            project = source.render(commit, record.answers)
+            found = Record.read(project)
+            if commit or (found.sha == record.sha if record.sha else str(found) == str(record)):
+                return project
+            errors.append(f"{address} holds {found}")
+        except UpdateError as error:
+            errors.append(str(error))
+    cure = f"say in {RECORD} which commit it was, or where it is as template, and commit that"
+    why = "; ".join(errors)
+    raise UpdateError(f"{record}, which this project came from, was not found ({why}): {cure}")
+
+
+def store(repo: Path, tree: Path, message: str, *parent: str) -> str:
+    """Make a folder a commit that no branch knows, by an index of its own; return its name."""
     with tempfile.TemporaryDirectory() as folder:
-        places = [
-            f"--git-dir={git(repo, 'rev-parse', '--absolute-git-dir')}",
-            f"--work-tree={tree}",
-        ]
         env = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
-        sparse = ["-c", "core.sparseCheckout=false"]
-        git(tree, *places, *sparse, "add", "--all", "--force", ".", env=env)
-        written = git(tree, *places, "write-tree", env=env)
-    return git(repo, "commit-tree", written, "-m", message, *options)
+        there = f"--git-dir={git(repo, 'rev-parse', '--absolute-git-dir')}", f"--work-tree={tree}"
+        git(
+            tree, *there, "-c", "core.sparseCheckout=false", "add", "--all", "--force", ".", env=env
+        )
+        written = git(tree, *there, "write-tree", env=env)
+    return git(repo, "commit-tree", written, "-m", message, *parent)
 
 
 def merge(repo: Path, base: Path, wanted: Path, message: str) -> list[str]:
     """Merge what differs between two trees into a repo's index and files; return git's status."""
-    parent = store(repo, base, message)
-    commit = store(repo, wanted, message, "-p", parent)
-    options = ["-c", "merge.renames=true", "-c", "merge.conflictStyle=diff3"]
+    commit = store(repo, wanted, message, "-p", store(repo, base, message))
     failure = None
     try:
-        git(repo, *options, "cherry-pick", "--no-commit", commit)
+        git(repo, "cherry-pick", "--no-commit", commit)
     except UpdateError as error:
         failure = error
     status = git(repo, "status", "--porcelain", "--untracked-files=no").splitlines()
@@ -230,40 +247,18 @@ def is_clash(line: str) -> bool:
     return "U" in line[:2] or line[:2] in ("AA", "DD")
 
 
-def check_untracked(root: Path, trial: Path) -> None:
-    """Refuse a merge, tried elsewhere, that would write over a file that is not committed."""
-    tracked = set(git(root, "ls-files", "-z").split("\0"))
-    for name in sorted(set(git(trial, "ls-files", "-z").split("\0")) - tracked):
-        for path in (Path(name), *Path(name).parents):
-            there = root / path
-            blocks = os.path.lexists(there) and (path == Path(name) or not there.is_dir())
-            if blocks and path.as_posix() not in tracked:
-                raise UpdateError(f"{path} is not committed, and in the way: move it elsewhere")
-
-
-def recall(record: Record, template: Template, scratch: Path) -> Path:
-    """Render the version that the project came from, from wherever it still is."""
-    if project := template.recall(record):
-        return project
-    if record.template != template.address:
-        with suppress(UpdateError):
-            if project := Template(record.template, scratch).recall(record):
-                return project
-    places = " or ".join(dict.fromkeys((template.address, record.template)))
-    cure = f"write into {RECORD} where that version is, as template, or its commit, and commit that"
-    raise UpdateError(f"{record}, which this project came from, is not in {places}: {cure}")
-
-
 def update(project: Path, args: argparse.Namespace, scratch: Path) -> int:
     """Do what the command line says; return the exit code."""
     record = Record.read(project)
     root = project if args.check else check_project(project)
     if wrong := [pair for pair in args.set if "=" not in pair]:
-        raise UpdateError(f"--set wants answer=value, not {wrong[0]}")
+        raise UpdateError(f"--set wants ANSWER=VALUE, not {wrong[0]}")
     given = dict(pair.split("=", 1) for pair in args.set)
     address = args.template or record.template
     template = Template(os.path.abspath(address) if Path(address).exists() else address, scratch)
-    wanted = template.render(template.choose(args.to), record.answers | given)
+    if args.to and not template.clone:
+        raise UpdateError(f"{address} is no git repo and holds one version: leave out --to")
+    wanted = template.render(template.find(args.to), record.answers | given)
     new = Record.read(wanted)
     if unknown := set(given) - set(new.answers):
         raise UpdateError(f"no answer is called {min(unknown)}: there are {', '.join(new.answers)}")
@@ -274,35 +269,35 @@ def update(project: Path, args: argparse.Namespace, scratch: Path) -> int:
     print(f"Template {title}")
     if args.check:
         return 1
-    base = recall(record, template, scratch)
+    base, prefix = recall(record, template), git(project, "rev-parse", "--show-prefix")
     shutil.copy(project / RECORD, base)
-    prefix = git(project, "rev-parse", "--show-prefix")
     for tree, name in ((base, "base"), (wanted, "wanted")):
         shutil.copytree(tree, scratch / name / prefix)
-    trees = scratch / "base", scratch / "wanted"
     trial = scratch / "trial"
     git(root, "clone", "--quiet", "--shared", "--no-checkout", str(root), str(trial))
     git(trial, "read-tree", git(root, "rev-parse", "HEAD"))
-    message = f"Update the template from {title}"
+    trees, message = (scratch / "base", scratch / "wanted"), f"Update the template, {title}"
     status = merge(trial, *trees, message)
     check_untracked(root, trial)
-    return tell(status if args.dry_run else merge(root, *trees, message), args.dry_run)
+    if not args.dry_run:
+        status = merge(root, *trees, message)
+    return tell(status, args.dry_run)
 
 
 def tell(status: list[str], dry_run: bool) -> int:
     """Print what a merge did, or would do; return the exit code."""
     for line in status:
-        why = CLASHES.get(line[:2], "moved or added by both") if is_clash(line) else ""
-        print(f"  {line}" + (f"  <- {why}" if why else ""))
+        why = f"  <- {CLASHES.get(line[:2], 'both added or moved it')}" if is_clash(line) else ""
+        print(f"  {line}{why}")
     clashes = sum(map(is_clash, status))
     if dry_run:
         print(f"Dry run: {len(status)} files would change, {clashes} await your decision.")
-    elif clashes:
+        return 1 if clashes else 0
+    if clashes:
         print(f"{clashes} await your decision: mend, `git add` and `git commit` them.")
     else:
         print("Merged: look with `git diff --staged`, then `git commit`.")
-    if not dry_run:
-        print("`git reset --hard` gives back the start.")
+    print("`git reset --hard` gives back the start.")
     return 1 if clashes else 0
 
 

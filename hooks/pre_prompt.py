@@ -51,7 +51,8 @@ def git(*arguments: str) -> str:
     """Run git here, in no other repo, and without writing; return what it prints."""
     env = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE")}
     env.pop("GIT_INDEX_FILE", None)
-    command = ["git", "--no-optional-locks", *arguments]
+    # Cookiecutter makes the hooks executable.
+    command = ["git", "--no-optional-locks", "-c", "core.fileMode=false", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env).stdout.strip()
 
 
