@@ -35,7 +35,9 @@ CLASHES = {
     "UU": "both changed the same lines",
     "DU": "you deleted it, the template changed it",
     "UD": "you changed it, the template deleted it",
+    "UA": "new in the template, in a folder that you moved",
 }
+BACK = "`git reset --hard` gives back the start"
 # Git may have started us, with what holds for its own repo and not for the others in use here.
 OURS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OURS}
@@ -99,15 +101,7 @@ class Template:
         plain = Path(where, "cookiecutter.json").exists() and not Path(where, ".git").exists()
         if not (plain or where.endswith(".zip")):
             self.clone = Path(tempfile.mkdtemp(dir=scratch))
-            git(
-                scratch,
-                "clone",
-                "--quiet",
-                "--no-checkout",
-                "--origin=origin",
-                where,
-                str(self.clone),
-            )
+            git(scratch, "clone", "-qn", "--origin=origin", "--", where, str(self.clone))
 
     def find(self, ref: str | None) -> str | None:
         """The commit of a tag, branch or commit, or else of HEAD; None where there is no git."""
@@ -134,17 +128,10 @@ class Template:
         config.write_text(json.dumps(keep), encoding="utf-8")  # JSON is YAML
         options = ["--no-input", "--config-file", str(config), "--output-dir", str(folder / "out")]
         given = [f"{name}={value}" for name, value in answers.items()]
-        done = subprocess.run(
-            [sys.executable, "-m", "cookiecutter", source, *options, *given],
-            cwd=folder,
-            env=ENVIRONMENT | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder)),
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-m", "cookiecutter", source, *options, *given]
+        done = run(command, folder, dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder)))
         if done.returncode:
-            raise UpdateError(
-                f"{commit or self.address} does not render: {reason(done.stderr or done.stdout)}"
-            )
+            raise UpdateError(f"{commit or self.address} does not render: {reason(done)}")
         [project] = (folder / "out").iterdir()
         shutil.rmtree(project / ".git", ignore_errors=True)
         record = Record.read(project)
@@ -154,9 +141,17 @@ class Template:
         return project
 
 
-def reason(said: str) -> str:
+def run(command: list[str], cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command with these additions to the environment, and keep what it says."""
+    full = {**ENVIRONMENT, **env}
+    return subprocess.run(
+        command, cwd=cwd, env=full, capture_output=True, encoding="utf-8", errors="replace"
+    )
+
+
+def reason(done: subprocess.CompletedProcess[str]) -> str:
     """The one line that matters of what a failed command said."""
-    lines = said.strip().splitlines() or ["no reason is given"]
+    lines = (done.stderr.strip() or done.stdout.strip() or "no reason is given").splitlines()
     fatal = [line for line in lines if line.startswith(("fatal: ", "error: "))]
     return (fatal or lines[-1:])[0].removeprefix("ValueError: ")
 
@@ -164,11 +159,9 @@ def reason(said: str) -> str:
 def git(cwd: Path, *arguments: str, check: bool = True, env: Mapping[str, str] = {}) -> str:
     """Run git; return what it prints, but for the last line break."""
     settings = [part for item in SETTINGS.items() for part in ("-c", "=".join(item))]
-    command = ["git", *settings, *arguments]
-    env = {**ENVIRONMENT, **env}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    done = run(["git", *settings, *arguments], cwd, env)
     if check and done.returncode:
-        raise UpdateError(f"git failed: {reason(done.stderr)}")
+        raise UpdateError(f"git failed: {reason(done)}")
     return done.stdout.rstrip("\n")
 
 
@@ -221,9 +214,8 @@ def store(repo: Path, tree: Path, message: str, *parent: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         env = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
         there = f"--git-dir={git(repo, 'rev-parse', '--absolute-git-dir')}", f"--work-tree={tree}"
-        git(
-            tree, *there, "-c", "core.sparseCheckout=false", "add", "--all", "--force", ".", env=env
-        )
+        whole = "-c", "core.sparseCheckout=false"
+        git(tree, *there, *whole, "add", "--all", "--force", ".", env=env)
         written = git(tree, *there, "write-tree", env=env)
     return git(repo, "commit-tree", written, "-m", message, *parent)
 
@@ -274,7 +266,7 @@ def update(project: Path, args: argparse.Namespace, scratch: Path) -> int:
     for tree, name in ((base, "base"), (wanted, "wanted")):
         shutil.copytree(tree, scratch / name / prefix)
     trial = scratch / "trial"
-    git(root, "clone", "--quiet", "--shared", "--no-checkout", str(root), str(trial))
+    git(root, "clone", "-qn", "--shared", str(root), str(trial))
     git(trial, "read-tree", git(root, "rev-parse", "HEAD"))
     trees, message = (scratch / "base", scratch / "wanted"), f"Update the template, {title}"
     status = merge(trial, *trees, message)
@@ -287,17 +279,15 @@ def update(project: Path, args: argparse.Namespace, scratch: Path) -> int:
 def tell(status: list[str], dry_run: bool) -> int:
     """Print what a merge did, or would do; return the exit code."""
     for line in status:
-        why = f"  <- {CLASHES.get(line[:2], 'both added or moved it')}" if is_clash(line) else ""
+        why = f"  <- {CLASHES.get(line[:2], 'both moved or added it')}" if is_clash(line) else ""
         print(f"  {line}{why}")
     clashes = sum(map(is_clash, status))
     if dry_run:
-        print(f"Dry run: {len(status)} files would change, {clashes} await your decision.")
-        return 1 if clashes else 0
-    if clashes:
-        print(f"{clashes} await your decision: mend, `git add` and `git commit` them.")
+        print(f"Dry run: {clashes} would await your decision, and nothing was changed.")
+    elif clashes:
+        print(f"{clashes} await your decision: mend, `git add` and `git commit` them; {BACK}.")
     else:
-        print("Merged: look with `git diff --staged`, then `git commit`.")
-    print("`git reset --hard` gives back the start.")
+        print(f"Merged: look with `git diff --staged`, then `git commit`; {BACK}.")
     return 1 if clashes else 0
 
 

@@ -159,7 +159,7 @@ def test_edits_are_kept_and_the_rest_follows(
     assert update(project, "--check", code=1).count("\n") == 1
     said = update(project, "--dry-run")
     assert " M  my_research/net.py\n" in said
-    assert "0 await your decision" in said
+    assert "Dry run: 0 would await your decision" in said
     assert snapshot(project) == before
 
     command = [sys.executable, "-m", "my_research.core.update"]
@@ -180,17 +180,11 @@ def test_edits_are_kept_and_the_rest_follows(
     assert record(project)["answers"]["colour"] == "blue"
     assert (project / "outputs" / "x").read_text() == "mine"
 
-    git(project, "reset", "-q", "--hard")
-    assert files(project) == {k: v for k, v in before.items() if "/.git/" not in k}
-    assert git(project, "status", "--porcelain") == "?? notes.txt"
-
-    update(project)
     assert "changed since the last commit" in update(project, code=1)
     git(project, "commit", "-q", "--no-edit")
     assert OLD in git(project, "log", "-1", "--format=%s")
     after = files(project)
     assert update(project) == f"Up to date: {NEW} ({versions.new[:7]})\n"
-    update(project, "--check")
     assert files(project) == after
 
     update(project, "--to", f"v{OLD}")
@@ -232,10 +226,13 @@ def test_a_folder_in_a_larger_repo(project: Path, update: Update, tmp_path: Path
     shutil.copytree(project, inner)
     shutil.rmtree(inner / ".git")
     (root / "README.md").write_text("others'\n")
+    (root / "notes.txt").write_text("not committed")
     git(root, "init", "-q")
     assert "git add --all" in update(inner, code=1)
     append(inner / "my_research" / "core" / "loader.py", MINE)
-    commit(root)
+    git(root, "add", "apps", "README.md")
+    git(root, "commit", "-qm", "mine")
+    before = files(root)
     (root / "README.md").write_text("changed\n")
     assert "README.md changed" in update(inner, code=1)
     git(root, "checkout", "-q", "README.md")
@@ -244,29 +241,39 @@ def test_a_folder_in_a_larger_repo(project: Path, update: Update, tmp_path: Path
     text = (inner / "my_research" / "core" / "loader.py").read_text()
     assert text.startswith(UPSTREAM)
     assert text.endswith(MINE)
-    assert all(line.split()[-1].startswith("apps/vision/") for line in status(root))
+    staged = git(root, "diff", "--staged", "--name-only").splitlines()
+    assert "apps/vision/tool.sh" in staged
+    assert all(name.startswith("apps/vision/") for name in staged)
     git(root, "reset", "-q", "--hard")
-    assert git(root, "status", "--porcelain") == ""
+    assert files(root) == before
+    assert git(root, "status", "--porcelain") == "?? notes.txt"
 
 
-def status(repo: Path) -> list[str]:
-    return git(repo, "status", "--porcelain").splitlines()
-
-
-def test_other_answers(project: Path, update: Update) -> None:
+def test_other_answers_and_none_of_cookiecutters_own_files(
+    versions: Versions, project: Path, update: Update
+) -> None:
+    home = Path(versions.env["HOME"])
+    rc = home / ".cookiecutterrc"
+    rc.write_text("default_context: {colour: red}\n")
+    before = snapshot(home)
     append(project / "my_research" / "core" / "loader.py", MINE)
     prepend(project / "my_research" / "solver.py", MINE)
     commit(project)
     answers = {"license": "none", "tracker": "wandb", "package_name": "other"}
+    kept = {"colour": "blue", "example": "digits"}
     given = [part for name, value in answers.items() for part in ("--set", f"{name}={value}")]
-    update(project, "--to", f"v{OLD}", *given)
+    update(project, *given)
+    assert snapshot(home) == before
+    rc.unlink()
     assert not (project / "LICENSE").exists()
     about = tomllib.loads((project / "pyproject.toml").read_text())["project"]
     assert "license" not in about
     assert "wandb" in about["dependencies"]
     assert "tensorboard" not in about["dependencies"]
-    assert record(project)["answers"].items() >= answers.items()
-    assert (project / "other" / "core" / "loader.py").read_text().endswith(MINE)
+    assert record(project)["answers"].items() >= (answers | kept).items()
+    text = (project / "other" / "core" / "loader.py").read_text()
+    assert text.startswith(UPSTREAM)
+    assert text.endswith(MINE)
     assert (project / "other" / "solver.py").read_text().startswith(MINE)
     assert not list((project / "my_research").rglob("*.py"))
 
@@ -349,13 +356,30 @@ def archive(versions: Versions, version: str, folder: Path) -> Path:
     return path
 
 
-def test_from_a_git_url(versions: Versions, update: Update, tmp_path: Path) -> None:
+def test_from_a_git_url_and_from_a_replay(
+    versions: Versions, update: Update, tmp_path: Path
+) -> None:
     url = f"git+file://{versions.repo}"
     project = render(versions, tmp_path / "out", url, "--checkout", f"v{OLD}")
     assert record(project)["template"] == f"file://{versions.repo}"
     assert record(project)["commit"] == versions.old
     update(project)
     assert record(project)["commit"] == versions.new
+
+    replay = tmp_path / "replay.json"
+    Path(versions.env["HOME"], ".cookiecutter_replay", "solver.json").rename(replay)
+    (tmp_path / "again").mkdir()
+    subprocess.run(
+        [sys.executable, "-m", "cookiecutter", str(versions.repo), "--replay-file", str(replay)],
+        input=b"\n",  # the newer version asks for a colour
+        cwd=tmp_path / "again",
+        env=versions.env,
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    found = record(tmp_path / "again" / "my-research")
+    assert (found["template"], found["commit"]) == (str(versions.repo), versions.new)
 
 
 def test_from_a_zip(versions: Versions, update: Update, tmp_path: Path) -> None:
@@ -376,8 +400,6 @@ def test_from_a_zip(versions: Versions, update: Update, tmp_path: Path) -> None:
     assert (
         f"update: {OLD} ({versions.old[:7]}), which this project came from, was not found" in said
     )
-    update(project, "--template", str(versions.repo))
-    assert record(project)["commit"] == versions.new
 
 
 def test_from_a_folder_without_git(versions: Versions, update: Update, tmp_path: Path) -> None:
@@ -397,9 +419,12 @@ def test_from_a_folder_without_git(versions: Versions, update: Update, tmp_path:
     assert f"update: {OLD} (no commit), which this project came from" in update(project, code=1)
     update(project, "--template", str(versions.repo))
     assert record(project)["commit"] == versions.new
+    assert (project / "my_research" / "train.py").read_text().startswith(UPSTREAM)
 
 
-def test_changes_without_a_commit_are_told(versions: Versions, tmp_path: Path) -> None:
+def test_changes_of_the_template_without_a_commit_count_as_the_users(
+    versions: Versions, update: Update, tmp_path: Path
+) -> None:
     repo = tmp_path / "solver"
     git(tmp_path, "clone", "-q", str(versions.repo), str(repo))
     (repo / "notes.txt").write_text("not rendered")
@@ -408,36 +433,9 @@ def test_changes_without_a_commit_are_told(versions: Versions, tmp_path: Path) -
     append(repo / "core" / "loader.py", MINE)
     project = render(versions, tmp_path / "dirty", repo)
     assert record(project)["commit"] == f"{versions.new}-dirty"
-
-
-def test_nothing_of_the_users_is_read_or_written(
-    versions: Versions, project: Path, update: Update
-) -> None:
-    home = Path(versions.env["HOME"])
-    rc = home / ".cookiecutterrc"
-    rc.write_text("default_context: {license: none, colour: red}\n")
-    before = snapshot(home)
-    update(project)
-    assert snapshot(home) == before
-    rc.unlink()
-    assert record(project)["answers"]["colour"] == "blue"
-    assert (project / "LICENSE").exists()
-
-
-def test_a_replay_records_what_it_was_rendered_from(versions: Versions, tmp_path: Path) -> None:
-    render(versions, tmp_path / "old", f"git+file://{versions.repo}", "--checkout", f"v{OLD}")
-    replay = Path(versions.env["HOME"], ".cookiecutter_replay", "solver.json")
-    shutil.copy(replay, tmp_path / "replay.json")
-    command = [sys.executable, "-m", "cookiecutter", str(versions.repo)]
-    (tmp_path / "new").mkdir()
-    subprocess.run(
-        [*command, "--replay-file", str(tmp_path / "replay.json")],
-        input=b"\n",  # the newer version asks for a colour
-        cwd=tmp_path / "new",
-        env=versions.env,
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
-    found = record(tmp_path / "new" / "my-research")
-    assert (found["template"], found["commit"]) == (str(versions.repo), versions.new)
+    assert "Up to date" in update(project)
+    update(project, "--to", f"v{OLD}")
+    assert record(project)["commit"] == versions.old
+    text = (project / "my_research" / "core" / "loader.py").read_text()
+    assert text.endswith(MINE)
+    assert not text.startswith(UPSTREAM)
