@@ -12,6 +12,7 @@ import keyword
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from cookiecutter.exceptions import FailedHookException
 from jinja2 import Environment
@@ -40,9 +41,23 @@ class Answers(Extension):
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
+        check_hooks(Path(sys.path[-1]))
         environment.filters["check_names"] = check_names
         environment.filters["check_texts"] = check_texts
         environment.filters["quoted"] = quoted
+
+
+def check_hooks(repo: Path) -> None:
+    """Refuse to go on where `pre_prompt.py` did not put the template together.
+
+    Args:
+        repo: the template that is rendered; cookiecutter puts it last on the path.
+    """
+    if (repo / "hooks" / "pre_prompt.py").exists() and (repo / "template").exists():
+        raise FailedHookException(
+            "This template is put together by its hooks, which did not run: render it with "
+            "cookiecutter itself, 2.4 or newer, and without `--accept-hooks no`."
+        )
 
 
 def quoted(text: str) -> str:

@@ -4,14 +4,13 @@ Cookiecutter renders this file; the answers in it were checked and hold no quote
 only.
 """
 
+import json
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 SLUG = "{{ cookiecutter.project_slug }}"
-PACKAGE = "{{ cookiecutter.package_name }}"
 AUTHOR = "{{ cookiecutter.author_name }}"
 EXAMPLE = "{{ cookiecutter.example }}"
 LICENSE = "{{ cookiecutter.license }}"
@@ -48,7 +47,8 @@ def commit() -> str:
         if not (git("config", "user.name") and git("config", "user.email")):
             options += [f"user.name={AUTHOR}", f"user.email={SLUG}@localhost"]
         settings = [part for option in options for part in ("-c", option)]
-        git(*settings, "commit", "-m", f"Start from cookiecutter-solver {version()}", check=True)
+        version = json.loads(Path(".template.json").read_text(encoding="utf-8"))["version"]
+        git(*settings, "commit", "-m", f"Start from cookiecutter-solver {version}", check=True)
     except subprocess.CalledProcessError as error:
         return f"git failed, so there is no first commit: {error.stderr.strip()}"
     return "A git repo with a first commit was made."
@@ -60,13 +60,6 @@ def git(*arguments: str, check: bool = False) -> str:
         ["git", *arguments], capture_output=True, text=True, check=check, env=ENVIRONMENT
     )
     return done.stdout.strip()
-
-
-def version() -> str:
-    """The version of the core that was rendered."""
-    source = Path(PACKAGE, "core", "__init__.py").read_text(encoding="utf-8")
-    found = re.search(r'__version__ = "(.+)"', source)
-    return found[1] if found else "of unknown version"
 
 
 if __name__ == "__main__":

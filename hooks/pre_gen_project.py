@@ -6,8 +6,10 @@
 import sys
 from pathlib import Path
 
-core = Path("{{ cookiecutter.package_name }}", "core")
-if core.is_dir() and any(core.iterdir()):
+package = "{{ cookiecutter.package_name }}"
+core = Path(package, "core")
+if Path(".template.json").exists() or (core.is_dir() and any(core.iterdir())):
     sys.exit(
-        f"project_slug: {Path.cwd().name}/{core} exists and may hold your edits: choose another."
+        f"project_slug: {Path.cwd().name} is a project, and may hold your edits: choose another "
+        f"name, or update it in place, from inside of it, with `python -m {package}.core.update`."
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hooks.record import address
+
 from .conftest import ROOT, Render
 
 QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text())
@@ -18,6 +20,7 @@ COMMON = {
     ".github/workflows/ci.yml",
     ".gitignore",
     ".pre-commit-config.yaml",
+    ".template.json",
     "LICENSE",
     "README.md",
     "my_research/__init__.py",
@@ -104,7 +107,7 @@ def test_from_a_zip(render: Render, template: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "my-research" / "pyproject.toml").exists()
 
 
-@pytest.mark.parametrize("options", [[], ["-f"]])
+@pytest.mark.parametrize("options", [[], ["-f"], ["-f", "-s"]])
 def test_a_second_render_is_refused(options: list[str], render: Render, tmp_path: Path) -> None:
     render()
     project = tmp_path / "out" / "my-research"
@@ -112,7 +115,40 @@ def test_a_second_render_is_refused(options: list[str], render: Render, tmp_path
     before = {name: (project / name).read_bytes() for name in files(project)}
     done = render(*options)
     assert done.returncode != 0
+    assert ("python -m my_research.core.update" in done.stderr) == bool(options)
     assert {name: (project / name).read_bytes() for name in files(project)} == before
+
+
+def test_rendering_over_a_project_without_its_core_is_refused(
+    render: Render, tmp_path: Path
+) -> None:
+    render()
+    project = tmp_path / "out" / "my-research"
+    shutil.rmtree(project / "my_research" / "core")
+    (project / "my_research" / "solver.py").write_text("edited")
+    assert render("-f").returncode != 0
+    assert (project / "my_research" / "solver.py").read_text() == "edited"
+
+
+def test_without_hooks_one_line_tells_what_is_missing(render: Render, tmp_path: Path) -> None:
+    done = render("--accept-hooks", "no")
+    assert done.returncode == 1
+    [line] = (done.stdout + done.stderr).splitlines()
+    assert "hooks, which did not run" in line
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("https://me:secret@host/solver.zip", "https://host/solver.zip"),
+        ("git+https://secret@host/solver.git", "git+https://host/solver.git"),
+        ("git@host:me/solver.git", "git@host:me/solver.git"),
+        ("ssh://git@host/solver.git", "ssh://git@host/solver.git"),
+    ],
+)
+def test_a_password_is_not_recorded(typed: str, kept: str, tmp_path: Path) -> None:
+    assert address(typed, str(tmp_path), tmp_path) == kept
 
 
 def test_a_first_commit_without_an_identity(render: Render, tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_a_deep_subclass_runs_unchanged(tmp_path: Path) -> None:
 
 def test_imports_go_downwards_and_dora_is_in_one_file() -> None:
     floors = [
-        ["report", "sweep"],
+        ["report", "sweep", "update"],
         ["solver"],
         ["midway"],
         ["logging", "loader", "adversarial"],
