@@ -42,9 +42,7 @@ def test_blocks_are_short() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     assert len(blocks) == 9
     for block in blocks:
-        lines = block.splitlines()
-        assert len(lines) <= 15, block
-        assert len([line for line in lines if line.strip()]) < 15, block
+        assert len([line for line in block.splitlines() if line.strip()]) < 15, block
 
 
 LABELS = torch.tensor([0] * 20 + [1] * 4)
@@ -104,14 +102,16 @@ class Solver(BaseSolver):
 
     @torch.no_grad()
     def valid(self) -> dict[str, float]:
+        if self.stop and self.stop[0] == (self.epoch, "valid"):
+            raise KeyboardInterrupt
         return {"loss": self.loss(*self.data.tensors).item()}
 
 
 def interrupted(kind: type[Solver], folder: Path) -> tuple[Solver, Solver]:
-    """Run a solver twice, once with two interruptions; check that both end alike."""
+    """Run a solver twice, once with three interruptions; check that both end alike."""
     solvers: list[Solver] = []
     seen: list[Seen] = [{}, {}]
-    stops = [((2, 9), Preempted), ((3, 15), KeyboardInterrupt)]
+    stops = [((2, 9), Preempted), ((3, 15), KeyboardInterrupt), ((5, "valid"), KeyboardInterrupt)]
     for name, reasons in (("whole", [None]), ("stopped", [*stops, None])):
         for stop in reasons:
             seed_everything(0)
