@@ -86,7 +86,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test the core and the template; arguments go to pytest."""
-    install(session, *RUNTIME, "cookiecutter", "hiplot", "pytest", "pytest-timeout")
+    install(session, *RUNTIME, "cookiecutter", "hiplot", "optuna", "pytest", "pytest-timeout")
     session.run("python", "-m", "pytest", *(session.posargs or []), env={"OMP_NUM_THREADS": "1"})
 
 

@@ -215,8 +215,13 @@ def sync_gradients(params: Iterable[nn.Parameter], owner: nn.Module | None = Non
         owner: knows their names, which are then compared as well.
     """
     if is_distributed():
-        trained = [p for p in params if p.requires_grad]
+        trained = _to_average(params)
         _layout_of(trained, owner).average(trained)
+
+
+def _to_average(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those that are trained; without what is spread over ranks, which `fully_shard` sees to."""
+    return [p for p in params if p.requires_grad and not hasattr(p, "placements")]
 
 
 @contextmanager
@@ -230,7 +235,7 @@ def eager_sync_gradients(
     if not is_distributed():
         yield
         return
-    trained = [p for p in params if p.requires_grad]
+    trained = _to_average(params)
     layout = _layout_of(trained, owner)
     with layout.watching(trained):
         yield  # on an exception no rank is waited for

@@ -51,6 +51,7 @@ def loader(
     klass: Callable[..., Any] = DataLoader,
     seed: int = 0,
     updates_per_epoch: int | None = None,
+    sampler: Callable[..., EpochSampler] | None = None,
     worker_init_fn: Callable[[int], None] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -69,10 +70,11 @@ def loader(
         seed: of the order, and of the random numbers drawn in workers.
         updates_per_epoch: number of batches in an epoch, rather than once all data. The next epoch
             goes on behind the last example of this one, in an endless row of shuffled datasets.
+        sampler: a subclass of `EpochSampler` with another `order`.
         worker_init_fn: called in each worker after it is seeded.
         kwargs: keyword arguments of `klass`.
     """
-    _check(dataset, shuffle, updates_per_epoch, kwargs)
+    _check(dataset, shuffle, sampler, updates_per_epoch, kwargs)
     if isinstance(dataset, IterableDataset):
         dataset = _IterableShard(dataset)
     else:
@@ -80,22 +82,29 @@ def loader(
         if updates_per_epoch is not None:
             batch_size = kwargs.get("batch_size", args[0] if args else 1)
             examples = updates_per_epoch * (batch_size or 1) * distrib.world_size()
-        kwargs["sampler"] = EpochSampler(cast(Sized, dataset), shuffle, seed, examples)
+        kind = sampler or EpochSampler
+        kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples)
     # A generator of its own keeps the loader from drawing on the global one.
     kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
     return klass(dataset, *args, worker_init_fn=_SeedWorker(seed, worker_init_fn), **kwargs)
 
 
 def _check(
-    dataset: Dataset[Any], shuffle: bool, updates: int | None, arguments: Mapping[str, Any]
+    dataset: Dataset[Any],
+    shuffle: bool,
+    sampler: object,
+    updates: int | None,
+    arguments: Mapping[str, Any],
 ) -> None:
-    for taken in ("sampler", "batch_sampler"):
-        if arguments.get(taken) is not None:
-            raise ValueError(f"loader: {taken}= and sharding exclude each other; use DataLoader")
-    if isinstance(dataset, IterableDataset) and (shuffle or updates is not None):
+    if arguments.get("batch_sampler") is not None or not (sampler is None or callable(sampler)):
+        raise ValueError(
+            "loader: sampler= is a subclass of EpochSampler. What is an object already, or a "
+            "batch_sampler, is not shared among ranks: give it to DataLoader itself"
+        )
+    if isinstance(dataset, IterableDataset) and (shuffle or sampler or updates is not None):
         raise ValueError(
             "loader: an iterable dataset has an order and an end of its own; "
-            "shuffle= and updates_per_epoch= are for those with a length"
+            "shuffle=, sampler= and updates_per_epoch= are for those with a length"
         )
     if arguments.get("persistent_workers"):
         logger.warning("persistent_workers: random numbers of workers will differ after a resume")
@@ -159,12 +168,23 @@ class EpochSampler(Sampler[int]):
         orders = (self._order(n, passes) for n in itertools.count(number))
         return itertools.islice(itertools.chain.from_iterable(orders), skipped, skipped + examples)
 
-    def _order(self, number: int, passes: int) -> list[int]:
+    def order(self, generator: torch.Generator) -> list[int]:
+        """Indices for a pass over the data, of all ranks together, as many as there are examples.
+
+        Override it for another order, and draw on `generator` alone: it is seeded for each pass.
+        """
         size = len(self.dataset)
-        if not self.shuffle or not size:
+        if not self.shuffle:
             return list(range(size))
-        generator = torch.Generator().manual_seed(_mix(self.seed, number, passes))
         order: list[int] = torch.randperm(size, generator=generator).tolist()
+        return order
+
+    def _order(self, number: int, passes: int) -> list[int]:
+        seed = _mix(self.seed, number, passes)
+        order = self.order(torch.Generator().manual_seed(seed))
+        if len(order) != (size := len(self.dataset)):
+            name = type(self).__name__
+            raise ValueError(f"{name}.order gave {len(order)} indices for {size} examples")
         return order
 
 

@@ -148,13 +148,15 @@ class BaseSolver:
             strict: refuse a checkpoint with missing, unexpected or wrongly shaped entries, or one
                 of a config with other values; otherwise warn, and go on with the rest.
             read_only: to look at a run rather than go on with it: the generators of this process
-                and the files of the run stay as they are, and the config may differ.
+                and the files of the run stay as they are, whatever stage is then run: results go
+                to the log only. The config may differ.
         """
         state = checkpoint.load(self.checkpoint_path, read_only)
         if state is None:
             return False
         if read_only:
             state["rng"] = self.stateful.sources["rng"].state_dict()
+            self.result_logger.trackers.clear()
         else:
             self._check_config(state.get("xp.cfg") or {}, strict)
         self.load_state_dict(state, strict)

@@ -195,3 +195,10 @@ def test_an_author_with_an_accent(render: Render, tmp_path: Path) -> None:
 def test_versions_agree() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f'__version__ = "{version}"' in (ROOT / "core" / "__init__.py").read_text()
+
+
+def test_models_and_data_do_not_import_the_core() -> None:
+    paths = [*(ROOT / "template").glob("examples/*/package/*.py")]
+    apart = [path for path in paths if path.stem in ("model", "data")]
+    assert len(apart) >= 6
+    assert [path for path in apart if "from .core" in path.read_text()] == []

@@ -139,6 +139,11 @@ def test_iterable_datasets_are_dealt_out(workers: int, monkeypatch: pytest.Monke
     assert sorted(seen) == list(range(11))
 
 
+class Half(loader.EpochSampler):
+    def order(self, generator: torch.Generator) -> list[int]:
+        return [*range(len(self.dataset) // 2)]
+
+
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="an order and an end"):
         loader.loader(Stream(), shuffle=True)
@@ -146,8 +151,12 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         loader.loader(Stream(), updates_per_epoch=1)
     with pytest.raises(ValueError, match="at least one update"):
         loader.loader(Numbers(3), updates_per_epoch=0)
-    with pytest.raises(ValueError, match="sampler"):
-        loader.loader(Numbers(3), sampler=range(3))
+    with pytest.raises(ValueError, match=r"sampler= is a subclass.*DataLoader"):
+        loader.loader(Numbers(3), sampler=range(3))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_sampler, is not shared"):
+        loader.loader(Numbers(3), batch_sampler=[[0], [1, 2]])
+    with pytest.raises(ValueError, match=r"Half\.order gave 1 indices for 3 examples"):
+        iter(loader.loader(Numbers(3), sampler=Half).sampler)
     be_rank(monkeypatch, 0, 2)
     assert loader.split_batch(8) == 4
     with pytest.raises(ValueError, match="multiple"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import wave
-from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping
 from typing import IO, Any, Self
 
@@ -13,8 +12,8 @@ import torch
 from ..xp import XP, get_xp
 
 
-class Tracker(ABC):
-    """Base of all trackers.
+class Tracker:
+    """Base of all trackers; what one does not override goes nowhere.
 
     Trackers exist on rank zero only, and see checked values: metrics are plain numbers, audio is a
     float tensor `[C, T]` in -1..1, an image is a float tensor `[C, H, W]` in 0..1 with 1, 3 or 4
@@ -30,22 +29,16 @@ class Tracker(ABC):
         """Make a tracker for the experiment that is running under Dora."""
         return cls(get_xp(), *args, **kwargs)
 
-    @abstractmethod
     def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Log the config, a nested dict of plain values, and metrics to compare runs by."""
 
-    @abstractmethod
     def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
         """Log the metrics of one stage of one epoch."""
 
-    def log_step(  # noqa: B027
-        self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int
-    ) -> None:
-        """Log a point of the stage's curves by step; unless overridden, nowhere."""
+    def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
+        """Log a point of the stage's curves by step."""
 
-    def resume(  # noqa: B027
-        self, epoch: int, done: Container[str], steps: Mapping[str, int]
-    ) -> None:
+    def resume(self, epoch: int, done: Container[str], steps: Mapping[str, int]) -> None:
         """Forget what was logged after the point from which the run goes on.
 
         Args:
@@ -54,17 +47,14 @@ class Tracker(ABC):
             steps: taken by each stage until then.
         """
 
-    @abstractmethod
     def log_audio(
         self, stage: str, key: str, audio: torch.Tensor, sample_rate: int, step: int
     ) -> None:
         """Log a sound."""
 
-    @abstractmethod
     def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
         """Log a picture."""
 
-    @abstractmethod
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
         """Log a text."""
 

@@ -1,0 +1,319 @@
+"""The recipes of the README are run as they stand there, and do what they say.
+
+Those that need a whole project are run by the tests of the template.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from .. import BaseSolver, checkpoint, distrib
+from .. import loader as loading
+from ..loader import loader
+from ..state import seed_everything
+from ..xp import Preempted
+from .processes import on_ranks
+
+README = Path(__file__).parent.parent / "README.md"
+CORE = __package__.removesuffix(".tests")
+
+
+def recipe(title: str, **names: Any) -> dict[str, Any]:
+    """Run the block under a heading; return all that it defines, or was given."""
+    [text] = re.findall(rf"^### {title}\n(.*?)(?=^##|\Z)", README.read_text(), re.M | re.S)
+    [block] = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(compile(block.replace("from .core", f"from {CORE}"), str(README), "exec"), names)
+    return names
+
+
+def test_blocks_are_short() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert len(blocks) == 9
+    for block in blocks:
+        assert len([line for line in block.splitlines() if line.strip()]) < 15, block
+
+
+LABELS = torch.tensor([0] * 20 + [1] * 4)
+Seen = dict[tuple[int, int], list[int]]
+
+
+class Solver(BaseSolver):
+    """Learns to tell few from many; can be stopped within an epoch, or killed there."""
+
+    sampler: Any = None
+
+    def __init__(self, folder: Path, seen: Seen, stop: Any = None) -> None:
+        super().__init__(folder)
+        self.seen, self.stop = seen, stop
+        self.cfg = SimpleNamespace(epochs=5, valid_every=3)
+        self.data = TensorDataset(torch.arange(24), LABELS)
+        self.train_loader = loader(self.data, 4, shuffle=True, sampler=self.sampler)
+        self.model: Any = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.2), nn.Linear(4, 2)).double()
+        self.register_stateful("model")
+        self.build_optimizers()
+
+    def build_optimizers(self) -> None:
+        self.optim = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.register_stateful("optim")
+
+    def run(self) -> None:
+        self.restore()
+        while self.epoch <= self.cfg.epochs:
+            self.run_stage("train", self.train)
+            self.run_stage("valid", self.valid)
+            self.commit()
+
+    def train(self) -> dict[str, float]:
+        average = self.averager()
+        for numbers, labels in self.log_progress("train", self.train_loader):
+            loss = self.loss(numbers, labels)
+            loss.backward()
+            self.update()
+            average({"loss": loss}, len(labels))
+            self.see(numbers.tolist())
+        return distrib.average_metrics(average, average.weight)
+
+    def see(self, numbers: list[int]) -> None:
+        position = self.epoch, self.steps["train"]
+        assert self.seen.setdefault(position, numbers) == numbers
+        if self.stop and self.stop[0] == position:
+            if self.stop[1] is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def loss(self, numbers: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.model(numbers[:, None].double() / 24), labels)
+
+    def update(self) -> None:
+        self.optim.step()
+        self.optim.zero_grad()
+
+    @torch.no_grad()
+    def valid(self) -> dict[str, float]:
+        if self.stop and self.stop[0] == (self.epoch, "valid"):
+            raise KeyboardInterrupt
+        return {"loss": self.loss(*self.data.tensors).item()}
+
+
+def interrupted(kind: type[Solver], folder: Path) -> tuple[Solver, Solver]:
+    """Run a solver twice, once with three interruptions; check that both end alike."""
+    solvers: list[Solver] = []
+    seen: list[Seen] = [{}, {}]
+    stops = [((2, 9), Preempted), ((3, 15), KeyboardInterrupt), ((5, "valid"), KeyboardInterrupt)]
+    for name, reasons in (("whole", [None]), ("stopped", [*stops, None])):
+        for stop in reasons:
+            seed_everything(0)
+            solver = kind(folder / name, seen[len(solvers)], stop)
+            if stop is None:
+                solver.run()
+            else:
+                with pytest.raises(stop[1]):
+                    solver.run()
+        solvers.append(solver)
+    whole, resumed = solvers
+    assert seen[0] == seen[1]
+    assert plain_history(whole) == plain_history(resumed)
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    return whole, resumed
+
+
+def plain_history(solver: BaseSolver) -> list[Any]:
+    return [
+        {stage: {k: v for k, v in of.items() if k != "duration"} for stage, of in epoch.items()}
+        for epoch in solver.history
+    ]
+
+
+def test_a_tracker(tmp_path: Path) -> None:
+    csv = recipe("A tracker of your own")["Csv"]
+
+    class Tracked(Solver):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.result_logger.add_tracker(csv(self.xp))
+
+        def valid(self) -> dict[str, float]:
+            self.log_text("valid", "sample", "goes nowhere")
+            return super().valid()
+
+    for solver in interrupted(Tracked, tmp_path):
+        for stage in ("train", "valid"):
+            rows = (solver.folder / f"{stage}.csv").read_text().splitlines()
+            values = [row.split(",")[:2] for row in rows]
+            losses = [epoch[stage]["loss"] for epoch in solver.history]
+            assert values == [[str(i), str(loss)] for i, loss in enumerate(losses, 1)]
+
+
+def test_a_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    balanced = recipe("A sampler of your own")["Balanced"]
+
+    class Sampled(Solver):
+        sampler = balanced
+
+    whole, _ = interrupted(Sampled, tmp_path)
+    drawn = LABELS[torch.tensor([*whole.seen.values()])]
+    assert drawn.shape == (30, 4)
+    assert 0.35 < drawn.double().mean() < 0.65
+
+    loading.set_epoch(1)
+    first = [*balanced(whole.data, shuffle=True, seed=0)]
+    shares = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        loading.set_epoch(1)
+        shares.append([*balanced(whole.data, shuffle=True, seed=0)])
+    assert torch.tensor(shares).T.flatten().tolist() == first
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it from 2.9 on")
+def test_two_optimizers(tmp_path: Path) -> None:
+    names = recipe("Two optimizers", torch=torch)
+    methods = {name: names[name] for name in ("build_optimizers", "update")}
+    whole, resumed = interrupted(type("Both", (Solver,), methods), tmp_path)
+    for name in ("muon", "adamw"):
+        one, other = (solver.state_dict()[name]["state"] for solver in (whole, resumed))
+        assert len(one) == len(other) == 2
+        for key, of in one.items():
+            assert all(torch.equal(value, other[key][k]) for k, value in of.items())
+
+
+def stopping_early(folder: Path, losses: list[float], stop: Any = None, **how: Any) -> Solver:
+    """A solver with these losses, the same on all ranks or, as if by mistake, on rank zero only."""
+    stalled = recipe("Early stopping")["stalled"]
+    line = re.findall(r"`(while .*stalled.*)` in `run`", README.read_text())
+    assert line == [
+        'while self.epoch <= self.cfg.epochs and not stalled(self.history, "valid.loss"):'
+    ]
+
+    class Early(Solver):
+        def run(self) -> None:
+            self.restore()
+            self.cfg.epochs = len(losses)
+            while self.epoch <= self.cfg.epochs and not stalled(self.history, "valid.loss", **how):
+                self.run_stage("train", self.train)
+                self.run_stage("valid", self.valid)
+                self.commit()
+
+        def valid(self) -> dict[str, float]:
+            return {"loss": losses[self.epoch - 1] * (1 - 2 * distrib.rank())}
+
+    solver = Early(folder, {}, stop)
+    solver.run()
+    return solver
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("losses", "how", "epochs"),
+    [
+        ([3.0, 2.0, NAN, 2.5, 2.1, 1.0, 1.0], {}, 5),
+        ([3.0, 2.0, NAN, 2.5, 2.1, 1.0, 1.0], {"patience": 4}, 7),
+        ([NAN] * 9, {}, 3),
+        ([NAN, 1.0, 2.0, 3.0, 2.0, NAN, 2.0, 9.0], {"mode": "max"}, 7),
+        ([4.0, 3.0, 2.0, 1.0], {}, 4),
+    ],
+)
+def test_early_stopping(
+    losses: list[float], how: dict[str, Any], epochs: int, tmp_path: Path
+) -> None:
+    assert len(stopping_early(tmp_path, losses, **how).history) == epochs
+    again = stopping_early(tmp_path, losses, **how)
+    assert (len(again.history), again.seen) == (epochs, {})
+    with pytest.raises(KeyboardInterrupt):
+        stopping_early(tmp_path / "killed", losses, ((3, 14), KeyboardInterrupt), **how)
+    killed = stopping_early(tmp_path / "killed", losses, **how)
+    assert len(killed.history) == epochs
+    assert min(killed.seen) == (3, 13)
+
+
+def early_on_a_rank(folder: Path) -> int:
+    torch.set_num_threads(1)
+    return len(stopping_early(folder, [3.0, 2.0, NAN, 2.5, 2.1, 1.0, 1.0]).history)
+
+
+def test_ranks_stop_early_together(tmp_path: Path) -> None:
+    assert on_ranks(early_on_a_rank, tmp_path) == [5, 5]
+
+
+def test_evaluation_now_and_then(tmp_path: Path) -> None:
+    run = recipe("Evaluation every so many epochs, and behind the last")["run"]
+    rarely = type(
+        "Rarely",
+        (Solver,),
+        {"run": run, "checkpoints": checkpoint.Policy(last=1, best="valid.loss")},
+    )
+    for solver in interrupted(rarely, tmp_path):
+        stages = [[*epoch] for epoch in solver.history]
+        assert stages == [["train"], ["train"], ["train", "valid"], ["train"], ["train", "valid"]]
+        assert len([*solver.folder.glob("checkpoint*.th")]) <= 2
+
+
+class Spread(Solver):
+    def __init__(self, folder: Path) -> None:
+        self.shard = recipe("FSDP")["shard"]
+        super().__init__(folder, {})
+
+    def build_optimizers(self) -> None:
+        self.model[1].p = 0.0
+        self.shard(self.model, [self.model[0], self.model[2]], torch.device("cpu"))
+        super().build_optimizers()
+
+    def train(self) -> dict[str, float]:
+        rank, ranks = distrib.rank(), distrib.world_size()
+        for _ in range(3):
+            with distrib.eager_sync_model(self.model):
+                self.loss(*(tensor[rank::ranks] for tensor in self.data.tensors)).backward()
+            norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)
+            self.update()
+        return {"norm": (norm.full_tensor() if ranks > 1 else norm).item()}
+
+
+def spread(folder: Path, epochs: int) -> tuple[list[Any], list[float]]:
+    seed_everything(0)
+    solver = Spread(folder)
+    if distrib.is_distributed():
+        # Of the four tensors each rank has half.
+        assert all(p.to_local().numel() == p.numel() / 2 for p in solver.model.parameters())
+    solver.cfg.epochs = epochs
+    solver.run()
+    weights = solver.state_dict()["model"]
+    return plain_history(solver), torch.cat([w.flatten() for w in weights.values()]).tolist()
+
+
+def spread_on_a_rank(folder: Path) -> list[Any]:
+    torch.set_num_threads(1)
+    ends = [spread(folder / "whole", 4), spread(folder / "stopped", 2)]
+    if distrib.is_rank_zero():
+        shutil.copytree(folder / "stopped", folder / "saved")
+    return [*ends, spread(folder / "stopped", 4)]
+
+
+def test_fsdp(tmp_path: Path) -> None:
+    whole, half, resumed = on_ranks(spread_on_a_rank, tmp_path)[0]
+    assert resumed == whole
+    # What two ranks saved is loaded by a single process, which goes on as if it had been alone.
+    saved = Spread(tmp_path / "saved")
+    assert saved.restore(read_only=True)
+    weights = saved.state_dict()["model"].values()
+    assert torch.cat([w.flatten() for w in weights]).tolist() == half[1]
+    for folder in ("saved", "alone"):
+        history, weights = spread(tmp_path / folder, 4)
+        assert weights == pytest.approx(whole[1])
+        norms = [[epoch["train"]["norm"] for epoch in h] for h in (history, whole[0])]
+        assert norms[0] == pytest.approx(norms[1])

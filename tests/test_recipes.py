@@ -1,0 +1,169 @@
+"""The recipes of the core's README that need a whole project, run in one as they stand there."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, clean_environment, cookiecutter
+
+README = (ROOT / "core" / "README.md").read_text()
+
+
+def section(title: str) -> str:
+    """What the README has under a heading."""
+    [text] = re.findall(rf"^### {title}\n(.*?)(?=^##|\Z)", README, re.M | re.S)
+    return str(text)
+
+
+def block(title: str) -> str:
+    [found] = re.findall(r"```python\n(.*?)```", section(title), re.S)
+    return str(found)
+
+
+@pytest.fixture(scope="module")
+def project(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits, for two short epochs."""
+    folder = tmp_path_factory.mktemp("recipes")
+    done = cookiecutter(template, folder / "out", clean_environment(folder), tracker="none")
+    assert done.returncode == 0, done.stderr
+    project = folder / "out" / "my-research"
+    config = project / "my_research" / "config" / "config.yaml"
+    text = config.read_text().replace("epochs: 15", "epochs: 2").replace("size: 64", "size: 240")
+    config.write_text(
+        text.replace("channels: 32", "channels: 8").replace("warmup: 50", "warmup: 0")
+    )
+    return project
+
+
+def python(project: Path, *args: str, code: int = 0, **environment: str) -> str:
+    """Run Python in a project; return what it writes, errors included."""
+    done = subprocess.run(
+        [sys.executable, *args],
+        cwd=project,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files in a folder."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_each_recipe_is_run_by_a_test() -> None:
+    _, recipes = README.split("\n## Recipes\n")
+    ours, cores = Path(__file__), ROOT / "core" / "tests" / "test_recipes.py"
+    tests = ours.read_text() + cores.read_text()
+    titles = re.findall(r"^### (.*)$", recipes.split("\n## ")[0], re.M)
+    assert len(titles) >= 9
+    assert [title for title in titles if f'("{title}"' not in tests] == []
+
+
+def test_one_stage_of_a_trained_run(project: Path) -> None:
+    python(project, "-m", "dora", "run", "optim.ema=0.5")
+    [run] = (project / "outputs" / "xps").iterdir()
+    before = contents(run)
+    code = block("One stage of a trained run").replace("SIG", run.name)
+    then = "import json; print(json.dumps([metrics, best, solver.best.value]))"
+    metrics, best, value = json.loads(python(project, "-c", f"{code}\n{then}").splitlines()[-1])
+    expected = json.loads((run / "history.json").read_text())[-1]["valid"]
+    for name in ("loss", "acc"):
+        assert metrics[name] == pytest.approx(expected[name])
+    assert best["acc"] == pytest.approx(value)
+    assert contents(run) == before
+
+
+def test_optuna(project: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    lines = re.findall(r"`(study[^`]+)`", section("Optuna"))
+    (project / "my_research" / "tune.py").write_text("\n".join([block("Optuna"), *lines, ""]))
+    python(project, "-m", "my_research.tune")
+    study = optuna.load_study(study_name="lr", storage=f"sqlite:///{project / 'tune.db'}")
+    ends = [trial.state.name for trial in study.trials]
+    assert len(ends) == 20
+    assert {*ends} == {"COMPLETE", "PRUNED"}, ends
+
+    def history(trial: object) -> list[dict[str, dict[str, float]]]:
+        """Of the run of a trial, which Dora finds by its parameter."""
+        lr = f"optim.lr={trial.params['lr']}"  # type: ignore[attr-defined]
+        found = [
+            path.parent
+            for path in project.glob("outputs/xps/*/.argv.json")
+            if lr in json.loads(path.read_text())
+        ]
+        [run] = found
+        return list(json.loads((run / "history.json").read_text()))
+
+    for trial in study.trials:
+        losses = [epoch["valid"]["loss"] for epoch in history(trial)]
+        assert losses == [*trial.intermediate_values.values()]
+        assert trial.state.name == "PRUNED" or len(losses) == 2
+        assert trial.state.name == "PRUNED" or trial.value == losses[-1]
+
+    # The run of a trial that was pruned after its first epoch goes on.
+    pruned = next(trial for trial in study.trials if len(trial.intermediate_values) == 1)
+    study.enqueue_trial(pruned.params)
+    before = history(pruned)
+    again = "from my_research.tune import *; study.optimize(objective, n_trials=1)"
+    tune = project / "my_research" / "tune.py"
+    tune.write_text(tune.read_text().replace(lines[1], "study.pruner = optuna.pruners.NopPruner()"))
+    python(project, "-c", again)
+    assert history(pruned)[:1] == before
+    assert study.trials[-1].value == history(pruned)[1]["valid"]["loss"]
+
+
+def remove_dora(project: Path) -> None:
+    """Do what the recipe says."""
+    package, title = project / "my_research", "Without Dora"
+    train = (package / "train.py").read_text()
+    [old] = re.findall(r"^@hydra_main.*?(?=^def load_solver)", train, re.M | re.S)
+    [load] = re.findall(r"    xp = main.get_xp_from_sig.*?(?=    if not)", train, re.S)
+    [config] = re.findall(r"`(cfg = [^`]+)`", section(title))
+    new = [config, "cfg.device = device", "solver = Solver(cfg, FolderXP(Path(folder), cfg))"]
+    train = train.replace("from .core.xp import hydra_main\n", "from omegaconf import OmegaConf\n")
+    train = train.replace("import distrib,", "import checkpoint, distrib,")
+    train = train.replace(old, block("Without Dora") + "\n\n").replace(
+        load, "".join(f"    {line}\n" for line in new)
+    )
+    train = train.replace("load_solver(sig:", "load_solver(folder:").replace("run {sig} ", "it ")
+    (package / "train.py").write_text(train.replace("    main()\n", "    main(*sys.argv[1:])\n"))
+    shutil.rmtree(package / "grids")
+    (package / "core" / "sweep.py").unlink()
+    (package / "core" / "tests" / "test_xp.py").unlink()
+    xp, readme = package / "core" / "xp.py", package / "core" / "README.md"
+    xp.write_text(xp.read_text().split("\ndef hydra_main")[0])
+    readme.write_text(re.sub(r"^.*`sweep.py` \|.*\n", "", readme.read_text(), flags=re.M))
+    # There is no Dora now.
+    (project / "dora.py").write_text("raise ImportError('Dora is gone')\n")
+
+
+def test_without_dora(project: Path, tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("outputs", "tune*")
+    project = Path(shutil.copytree(project, tmp_path / "free", ignore=ignored))
+    remove_dora(project)
+    command = ["-m", "my_research.train", "outputs/first", "optim.lr=1e-3"]
+    assert "Run first starts with epoch 1" in python(project, *command, "epochs=1")
+    then = (
+        "from my_research import core, train; import my_research.core.report as report;"
+        "train.main('outputs/first', 'optim.lr=1e-3');"
+        "solver = train.load_solver('outputs/first'); print(len(solver.history), solver.cfg.optim);"
+        "report.main(['--dir', 'outputs'])"
+    )
+    said = python(project, "-c", then, ALLOW_CONFIG_CHANGE="1")
+    assert "starts with epoch 2" in said
+    assert "2 {'lr': 0.001" in said
+    assert re.search(r"^first .* 2/2 ", said, re.M)
+    history = json.loads((project / "outputs" / "first" / "history.json").read_text())
+    assert [[*epoch] for epoch in history] == [["train", "valid"]] * 2
