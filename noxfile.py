@@ -120,7 +120,7 @@ def matrix(session: nox.Session) -> None:
 
     Arguments go to pytest, such as `-k digits-wandb`.
     """
-    install(session, *RUNTIME, *PYTEST, "cookiecutter", "hatchling", "mypy", "ruff")
+    install(session, *RUNTIME, *PYTEST, "cookiecutter", "editables", "hatchling", "mypy", "ruff")
     with tempfile.TemporaryDirectory() as folder:
         options = []
         for example, tracker in itertools.product(QUESTIONS["example"], QUESTIONS["tracker"]):

@@ -104,8 +104,8 @@ def test_own_tests_pass(project: Project) -> None:
 
 
 def test_a_whole_life(project: Project) -> None:
-    dora = ["-m", "dora", "run", *project.overrides]
-    killed = project.start(*dora)
+    dora = ["-m", "dora", "run"]
+    killed = project.start(*dora, *project.overrides)
     while not project.runs():
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.01)
@@ -114,7 +114,7 @@ def test_a_whole_life(project: Project) -> None:
     [run] = project.runs()
     done, total = epochs(run), int(project.overrides[0].partition("=")[2])
     assert 0 < done < total
-    assert f"starts with epoch {done + 1}:" in project.run(*dora)
+    assert f"starts with epoch {done + 1}:" in project.run(*dora, *project.overrides)
     assert epochs(run) == total
     tracker = project.folder.name.partition("-")[2]
     assert FILES.get(tracker, set()) == {"tensorboard", "wandb"} & {p.name for p in run.iterdir()}
@@ -123,7 +123,7 @@ def test_a_whole_life(project: Project) -> None:
     load += f"print(len(load('{run.name}').history), 'epochs')"
     assert f"{total} epochs" in project.run("-c", load)
 
-    project.run(*dora, "-d", "--ddp_workers=2", "seed=1")
+    project.run(*dora, "-d", "--ddp_workers=2", "seed=1", *project.overrides)
     [other] = {*project.runs()} - {run}
     assert epochs(other) == total
     assert (other / "solver.log.1").exists()
