@@ -18,7 +18,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    get_worker_info,
+)
 
 from . import distrib
 
@@ -51,6 +58,7 @@ def loader(
     klass: Callable[..., Any] = DataLoader,
     seed: int = 0,
     updates_per_epoch: int | None = None,
+    limit: int = 0,
     worker_init_fn: Callable[[int], None] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -69,6 +77,7 @@ def loader(
         seed: of the order, and of the random numbers drawn in workers.
         updates_per_epoch: number of batches in an epoch, rather than once all data. The next epoch
             goes on behind the last example of this one, in an endless row of shuffled datasets.
+        limit: use only so many batches, the first of the dataset, to find mistakes with; 0 for all.
         worker_init_fn: called in each worker after it is seeded.
         kwargs: keyword arguments of `klass`.
     """
@@ -78,17 +87,20 @@ def loader(
     if kwargs.get("persistent_workers"):
         logger.warning("persistent_workers: random numbers of workers will differ after a resume")
     if isinstance(dataset, IterableDataset):
-        if shuffle or updates_per_epoch is not None:
+        if shuffle or limit or updates_per_epoch is not None:
             raise ValueError(
                 "loader: an iterable dataset has an order and an end of its own; "
-                "shuffle= and updates_per_epoch= are for those with a length"
+                "shuffle=, limit= and updates_per_epoch= are for those with a length"
             )
         dataset = _IterableShard(dataset)
     else:
-        examples = None
-        if updates_per_epoch is not None:
-            batch_size = kwargs.get("batch_size", args[0] if args else 1)
-            examples = updates_per_epoch * (batch_size or 1) * distrib.world_size()
+        batch = (kwargs.get("batch_size", args[0] if args else 1) or 1) * distrib.world_size()
+        if limit < 0:
+            raise ValueError(f"loader: limit={limit}; give a number of batches, or 0 for all")
+        if limit:
+            size = len(cast(Sized, dataset))
+            dataset = Subset(dataset, range(min(limit * batch, size)))
+        examples = None if updates_per_epoch is None else updates_per_epoch * batch
         kwargs["sampler"] = EpochSampler(cast(Sized, dataset), shuffle, seed, examples)
     # A generator of its own keeps the loader from drawing on the global one.
     kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
@@ -195,9 +207,8 @@ class _SeedWorker:
     def __call__(self, worker: int) -> None:
         parent = multiprocessing.parent_process()
         if parent is not None and parent.pid != os.getppid():
-            os._exit(
-                1
-            )  # it was killed meanwhile, and PyTorch would look out for its death too late
+            # It was killed meanwhile, and PyTorch would look out for its death too late.
+            os._exit(1)
         epoch = _epoch if self.epoch is None else self.epoch
         _seed(self.seed, epoch, self.rank, worker)
         info = get_worker_info()

@@ -173,6 +173,7 @@ def hydra_main(
 def _main_class() -> Any:
     """Dora's entry point, with what `hydra_main` promises beyond it."""
     from dora.hydra import HydraMain
+    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     _mend_dora()
@@ -183,8 +184,19 @@ def _main_class() -> Any:
                 return super().get_xp(list(argv))
             except Exception as error:
                 keys: Any = OmegaConf.to_container(self._base_cfg)
-                known = list(flatten(keys))
+                known = [*flatten(keys), *self._config_groups]
                 raise SystemExit(f"Config error: {_one_line(error, known)}") from None
+
+        def _get_base_config(self, overrides: Any = ()) -> Any:
+            base, delta = super()._get_base_config(overrides)
+            if delta:  # to choose from a group what is chosen anyway makes no other run
+                where = {"config_dir": str(self.full_config_path), **self.hydra_kwargs}
+                with initialize_config_dir(**where):
+                    cfg = compose(self.config_name, return_hydra_config=True)
+                chosen = cfg.hydra.runtime.choices.items()
+                choices = {group: str(name) for group, name in chosen}
+                delta = [(group, name) for group, name in delta if choices.get(group) != name]
+            return base, delta
 
         def _get_dora(self) -> Any:
             dora = super()._get_dora()
@@ -359,6 +371,9 @@ def _one_line(error: BaseException, known: Sequence[str] = ()) -> str:
     """What is wrong with the config, from an error and its causes, with the nearest known key."""
     # Hydra's parser keeps the override that it can't read apart from what it says.
     lines = [override] if (override := getattr(error, "override", "")) else []
+    if options := getattr(error, "options", None):
+        group, _, name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
+        return f"there is no {group}={name}: {group} is one of {', '.join(sorted(options))}"
     cause: BaseException | None = error
     while cause is not None:
         said = (str(cause) or type(cause).__name__).replace(":\n", ": ")
