@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import wave
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import IO, Any, Self
 
 import numpy as np
@@ -44,7 +44,7 @@ class Tracker(ABC):
         """Log a point of the stage's curves by step; unless overridden, nowhere."""
 
     def resume(  # noqa: B027
-        self, epoch: int, done: Container[str], steps: Mapping[str, int]
+        self, epoch: int, done: Collection[str], steps: Mapping[str, int]
     ) -> None:
         """Forget what was logged after the point from which the run goes on.
 

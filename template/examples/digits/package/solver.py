@@ -55,7 +55,7 @@ class Solver(BaseSolver):
 
     def make_loader(self, dataset: Images, shuffle: bool = False) -> DataLoader[Any]:
         """Batches of this process's share of a dataset."""
-        return loader(
+        batches: DataLoader[Any] = loader(
             dataset,
             split_batch(self.cfg.data.batch_size),
             shuffle=shuffle,
@@ -63,6 +63,7 @@ class Solver(BaseSolver):
             limit=self.cfg.data.limit,
             num_workers=self.cfg.data.num_workers,
         )
+        return batches
 
     def run(self) -> None:
         """Train until all epochs are committed, from wherever the run stands."""

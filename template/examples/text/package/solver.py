@@ -50,7 +50,7 @@ class Solver(BaseSolver):
 
     def make_loader(self, windows: Windows, updates: int | None = None) -> DataLoader[Any]:
         """Batches of this process's share of the data: all of it, or so many in random order."""
-        return loader(
+        batches: DataLoader[Any] = loader(
             windows,
             split_batch(self.cfg.data.batch_size),
             shuffle=updates is not None,
@@ -59,6 +59,7 @@ class Solver(BaseSolver):
             limit=self.cfg.data.limit,
             num_workers=self.cfg.data.num_workers,
         )
+        return batches
 
     def run(self) -> None:
         """Train until all epochs are committed, from wherever the run stands."""
