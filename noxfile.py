@@ -86,7 +86,8 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test the core and the template; arguments go to pytest."""
-    install(session, *RUNTIME, "cookiecutter", "hiplot", "pytest", "pytest-timeout")
+    home = ("build", "hatchling", "hiplot", "pre-commit", "sp-repo-review[cli]", "zizmor")
+    install(session, *RUNTIME, *home, "cookiecutter", "pytest", "pytest-timeout")
     session.run("python", "-m", "pytest", *(session.posargs or []), env={"OMP_NUM_THREADS": "1"})
 
 

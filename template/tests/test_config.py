@@ -57,7 +57,7 @@ def test_nothing_is_written_when_a_command_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_anomaly_is_traced_to_its_line(tmp_path: Path) -> None:
-    said = dora("run", "debug=anomaly", "optim.lr=1e38", "device=cpu", outputs=tmp_path, code=1)
+    said = dora("run", "debug=anomaly", "optim.lr=1e37", "device=cpu", outputs=tmp_path, code=1)
     assert "returned nan values" in said
     assert "Traceback of forward call that caused the error" in said
     assert "solver.py" in said

@@ -19,7 +19,7 @@ FILES = {**{f"data_batch_{number}": 20 for number in range(1, 6)}, "test_batch":
 
 
 ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
-BYTES = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNN" + 2 * b"J\xff\xff\xff\xff" + b"K\x00tb"
+BYTE = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNN" + 2 * b"J\xff\xff\xff\xff" + b"K\x00tb"
 
 
 def pickled(value: Any) -> bytes:
@@ -30,7 +30,7 @@ def pickled(value: Any) -> bytes:
         begin, end = (b"](", b"e") if isinstance(value, list) else (b"(", b"t")
         return begin + b"".join(map(pickled, value)) + end
     if isinstance(value, np.ndarray):
-        state = pickled(value.shape), BYTES, pickle.NEWFALSE, pickled(value.tobytes())
+        state = pickled(value.shape), BYTE, pickle.NEWFALSE, pickled(value.tobytes())
         return ARRAY + b"(K\x01" + b"".join(state) + b"tb"
     if isinstance(value, int):
         return pickle.BININT + struct.pack("<i", value)
@@ -38,10 +38,9 @@ def pickled(value: Any) -> bytes:
     return pickle.BINSTRING + struct.pack("<i", len(text)) + text
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A set whose images are all of the brightness that their class tells."""
-    batches = tmp_path / "data" / "cifar-10-batches-py"
+def write_cifar10(folder: Path) -> None:
+    """Write a small set, in which the brightness of an image is that of its class."""
+    batches = folder / "cifar-10-batches-py"
     batches.mkdir(parents=True)
     for name, size in FILES.items():
         labels = [number % 10 for number in range(size)]
@@ -50,6 +49,11 @@ def folder(tmp_path: Path) -> Path:
         names = [f"{number}.png" for number in labels]
         batch = {"batch_label": name, "labels": labels, "data": data, "filenames": names}
         (batches / name).write_bytes(b"\x80\x02" + pickled(batch) + b".")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_cifar10(tmp_path / "data")
     return tmp_path / "data"
 
 
