@@ -45,11 +45,11 @@ def interrupt(solver: Solver, epoch: int) -> None:
     assert len(solver.history) == epoch - 1
 
 
-def dora(*args: str, outputs: Path, code: int = 0) -> str:
-    """Run a Dora command in a process of its own; return what it says."""
+def run(*args: str, outputs: Path, code: int = 0) -> str:
+    """Run Python in a process of its own; return what it says."""
     env = os.environ | {"{{ cookiecutter.package_name | upper }}_DIR": str(outputs), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "dora", *args], cwd=REPO, env=env, capture_output=True, text=True
+        [sys.executable, *args], cwd=REPO, env=env, capture_output=True, text=True
     )
     assert done.returncode == code, done.stderr
     return done.stderr

@@ -13,7 +13,7 @@ import torch
 from {{ cookiecutter.package_name }}.solver import Solver
 from {{ cookiecutter.package_name }}.train import load_solver, main
 
-from .helpers import dora, interrupt, make_solver, train
+from .helpers import interrupt, make_solver, run, train
 
 QUICK = ["debug=limit", "device=cpu", "trackers=[]"]
 
@@ -37,9 +37,9 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path) -> None:
 
 
 def test_two_processes_train_one_run_which_one_then_finds_complete(tmp_path: Path) -> None:
-    dora("run", "-d", "--ddp_workers=2", *QUICK, outputs=tmp_path)
+    run("-m", "dora", "run", "-d", "--ddp_workers=2", *QUICK, outputs=tmp_path)
     assert [sorted(epoch) for epoch in only_history(tmp_path)] == [["train", "valid"]] * 2
-    assert "is complete" in dora("run", *QUICK, outputs=tmp_path)
+    assert "is complete" in run("-m", "dora", "run", *QUICK, outputs=tmp_path)
     assert len(only_history(tmp_path)) == 2
 
 

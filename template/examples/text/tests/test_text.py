@@ -67,7 +67,7 @@ def test_one_batch_is_learned_by_heart(tmp_path: Path) -> None:
 
 
 def test_text_is_learned(tmp_path: Path) -> None:
-    solver = train(tmp_path, "epochs=2", "data.updates_per_epoch=40", "data.context=32")
+    solver = train(tmp_path, "experiment=small", "epochs=2", "data.updates_per_epoch=30")
     first, last = (epoch["valid"]["bpc"] for epoch in solver.history)
     # Single characters, by their frequency, take about 4.4 bits.
     assert last < first < 4.4
