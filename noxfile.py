@@ -90,7 +90,16 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test the core and the template; arguments go to pytest."""
-    install(session, *RUNTIME, *PYTEST, "cookiecutter", "hiplot", "optuna")
+    tools = (
+        "build",
+        "hatchling",
+        "hiplot",
+        "optuna",
+        "pre-commit",
+        "sp-repo-review[cli]",
+        "zizmor",
+    )
+    install(session, *RUNTIME, *PYTEST, *tools, "cookiecutter")
     session.run("python", "-m", "pytest", *(session.posargs or SHARED), env=ONE_THREAD)
 
 
