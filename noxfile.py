@@ -144,6 +144,16 @@ def matrix(session: nox.Session) -> None:
         session.run("python", "-m", "pytest", "tests/test_matrix.py", *chosen, env=env)
 
 
+@nox.session
+def pictures(session: nox.Session) -> None:
+    """Take the README's pictures of a terminal and of the report, from real runs."""
+    install(session, *RUNTIME, "cookiecutter")
+    with tempfile.TemporaryDirectory() as folder:
+        project = render(session, Path(folder))
+        install(session, "-e", str(project))
+        session.run("python", "docs/pictures.py", str(project))
+
+
 def check_rendered(session: nox.Session, project: Path) -> None:
     """Lint and type-check a rendered project by its own rules."""
     # What mypy learned of the installed packages holds for all projects.

@@ -87,11 +87,6 @@ def project(request: pytest.FixtureRequest, tmp_path: Path) -> Project:
     return Project(request.param, tmp_path)
 
 
-@pytest.mark.timeout(900)
-def test_all_tests_pass_under_another_name(tmp_path: Path) -> None:
-    Project(COMBINATIONS[0], tmp_path).run("-m", "pytest", "-q", "-n", "2")
-
-
 def test_own_rules_hold(project: Project) -> None:
     # What mypy learned of the installed packages holds for all projects.
     project.env["MYPY_CACHE_DIR"] += os.environ.get("PYTEST_XDIST_WORKER", "")
