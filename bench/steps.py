@@ -1,0 +1,98 @@
+"""What each way adds to a step of training: `python -m bench.steps`."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from . import harness, loops
+from .harness import OURS, Section, compare, interleave
+from .loops import BATCH, LINE, WAYS, Task
+
+TARGETS = {2: 5.0, 20: 25.0}  # microseconds, on a CPU
+
+
+def seconds(way: Callable[[Task], None], task: Callable[[], Task]) -> Callable[[], float]:
+    """What a step takes, measured anew at each call."""
+
+    def run() -> float:
+        fresh = task()
+        way(fresh)
+        return fresh.data.seconds / loops.STEPS
+
+    return run
+
+
+def section(title: str, task: Callable[[], Task], rounds: int, target: float | None) -> Section:
+    """All ways on one task."""
+    ways = {name: seconds(way, task) for name, way in WAYS.items()}
+    times, failed = interleave(ways, rounds)
+    about = (
+        f"A tiny MLP on batches of {BATCH} that are at hand; metrics are averaged over the epoch, "
+        f"and shown every {LINE} steps. Mean over {loops.STEPS} steps of {rounds} rounds each."
+    )
+    targets = {OURS: target} if target is not None else {}
+    rows = compare(times, failed, "bare loop", scale=1e6, targets=targets)
+    heading = "us above the bare loop of the round"
+    return Section(title, about, ("us a step", ".0f"), (heading, ".1f"), rows)
+
+
+def syncs(task: Callable[[], Task]) -> dict[str, float]:
+    """How often a step between two lines waits for the GPU, in each way."""
+    found = {}
+    first, last = LINE + 50, 2 * LINE - 50
+    for name, way in WAYS.items():
+        fresh = task()
+        fresh.data.at = {
+            first: lambda: torch.cuda.set_sync_debug_mode("warn"),
+            last: lambda: torch.cuda.set_sync_debug_mode("default"),
+        }
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                way(fresh)
+            except Exception:
+                continue  # is said where it is timed
+        waits = [w for w in caught if "synchronizing CUDA" in str(w.message)]
+        found[name] = len(waits) / (last - first)
+    return found
+
+
+def on_cuda(rounds: int) -> Iterator[Section]:
+    """The same on a GPU, in bfloat16, compiled and not; with how often the host waits for it."""
+    for compiled in (False, True):
+
+        def task(compiled: bool = compiled) -> Task:
+            return Task(2, torch.device("cuda"), bf16=True, compile=compiled)
+
+        title = f"Step on {torch.cuda.get_device_name()}, bf16, compile {'on' if compiled else 'off'}"
+        found = section(title, task, rounds, None)
+        counts = syncs(task)
+        for row in found.rows:
+            if row.way in counts:
+                row.note = f"the host waits {counts[row.way]:.2g} times a step"
+        yield found
+
+
+def measure(quick: bool = False) -> Iterator[Section]:
+    """With 2 metrics and with 20."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        loops.quiet(Path(folder))
+        for metrics, target in TARGETS.items():
+            title = f"Step overhead, {metrics} metrics"
+            rounds = 3 if quick else 21 if metrics == 2 else 15
+            found = section(title, lambda n=metrics: Task(n), rounds, target)  # type: ignore[misc]
+            found.plot = title
+            yield found
+        if torch.cuda.is_available():
+            yield from on_cuda(3 if quick else 11)
+
+
+if __name__ == "__main__":
+    harness.main(measure)
