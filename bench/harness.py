@@ -36,6 +36,10 @@ class Spread:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(low, median, high)
 
+    def times(self, factor: float) -> Spread:
+        """In another unit."""
+        return Spread(self.low * factor, self.median * factor, self.high * factor)
+
 
 @dataclass
 class Row:
@@ -73,6 +77,7 @@ class Section:
         compared: heading and format of the comparison.
         rows: the results.
         plot: short name for the picture; empty to leave it out.
+        texts: a table of words instead, of which the first row is its head.
     """
 
     title: str
@@ -81,9 +86,12 @@ class Section:
     compared: tuple[str, str]
     rows: list[Row] = field(default_factory=list)
     plot: str = ""
+    texts: list[list[str]] = field(default_factory=list)
 
     def markdown(self) -> str:
         """The table, and how it was measured."""
+        if self.texts:
+            return self._page([self.texts[0], ["---"] * len(self.texts[0]), *self.texts[1:]])
         head = ["way", self.taken[0], self.compared[0], "target", ""]
         lines = [head, ["---", "---:", "---:", "---:", "---"]]
         if not any(row.compared for row in self.rows):
@@ -94,6 +102,9 @@ class Section:
             cells = [row.way, spelled(row.taken, self.taken[1])]
             cells += [spelled(row.compared, self.compared[1])] if len(head) == 5 else []
             lines.append([*cells, target, row.note])
+        return self._page(lines)
+
+    def _page(self, lines: list[list[str]]) -> str:
         table = "\n".join(f"| {' | '.join(line)} |".replace("  |", " |") for line in lines)
         return f"## {self.title}\n\n{self.about}\n\n{table}\n"
 
@@ -163,8 +174,8 @@ def compare(
     times: Times,
     failed: Mapping[str, str],
     base: str,
+    scale: float,
     ratio: bool = False,
-    scale: float = 1.0,
     targets: Mapping[str, float] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> list[Row]:
@@ -174,8 +185,8 @@ def compare(
         times: as `interleave` gives.
         failed: likewise.
         base: the way to compare with.
-        ratio: rather than the difference.
         scale: of the unit, such as 1e6 for microseconds.
+        ratio: compare by it, rather than by the difference.
         targets: for some ways.
         notes: for some ways.
     """
@@ -186,7 +197,7 @@ def compare(
         rows.append(
             Row(
                 name,
-                Spread.of([t * scale for t in taken]),
+                Spread.of(taken).times(scale),
                 Spread.of(beside) if name != base else None,
                 targets.get(name),
                 notes.get(name, ""),
