@@ -109,7 +109,9 @@ def measure(quick: bool = False) -> Iterator[Section]:
         f"Two stages of ten metrics an epoch, written to Dora's `history.json`; {rounds} rounds. "
         "Ours saves a small checkpoint as well."
     )
-    yield Section("A commit with a long history", about, ("ms that the loop waits", ".1f"), ("", ""), rows)
+    yield Section(
+        "A commit with a long history", about, ("ms that the loop waits", ".1f"), ("", ""), rows
+    )
 
 
 if __name__ == "__main__":

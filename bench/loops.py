@@ -122,7 +122,7 @@ class Task:
         with self.autocast():
             metrics = self.forward(self.model, batch)
         optim.zero_grad()
-        metrics["loss"].backward()  # type: ignore[no-untyped-call]
+        metrics["loss"].backward()
         optim.step()
         return metrics
 
@@ -241,10 +241,10 @@ def ignite(task: Task) -> None:
         average = RunningAverage(output_transform=lambda output, name=name: output[name].item())
         average.attach(trainer, name)
 
-    @trainer.on(Events.ITERATION_COMPLETED(every=LINE))
-    def line(engine: Engine) -> None:
-        log_line(engine.state.iteration, engine.state.metrics)
-
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(every=LINE),
+        lambda engine: log_line(engine.state.iteration, engine.state.metrics),
+    )
     trainer.run(task.loader(), max_epochs=1)
 
 
@@ -254,7 +254,7 @@ def lightning(task: Task, show: bool = True) -> None:
     from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.loggers import CSVLogger
 
-    class Module(LightningModule):
+    class Module(LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.model = task.model

@@ -38,13 +38,14 @@ def lightning_trainer(
 
     hush()
 
-    class Module(LightningModule):
+    class Module(LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
         def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
-            return self.model(batch).square().mean()
+            loss: torch.Tensor = self.model(batch).square().mean()
+            return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return optim
@@ -60,5 +61,6 @@ def lightning_trainer(
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(Module(), DataLoader(batch, batch_size=None))
+    data: Any = [batch]
+    trainer.fit(Module(), DataLoader(data, batch_size=None))
     return trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -74,7 +75,9 @@ def on_cuda(rounds: int) -> Iterator[Section]:
         def task(compiled: bool = compiled) -> Task:
             return Task(2, device=torch.device("cuda"), bf16=True, compile=compiled)
 
-        title = f"Step on {torch.cuda.get_device_name()}, bf16, compile {'on' if compiled else 'off'}"
+        title = (
+            f"Step on {torch.cuda.get_device_name()}, bf16, compile {'on' if compiled else 'off'}"
+        )
         found = section(title, task, rounds, None)
         counts = syncs(task)
         for row in found.rows:
@@ -91,12 +94,13 @@ def measure(quick: bool = False) -> Iterator[Section]:
         loops.quiet(Path(folder))
         for metrics, target in TARGETS.items():
             title = f"Step overhead, {metrics} metrics"
-            rounds = 3 if quick else 15 if metrics == 2 else 7
-            found = section(title, lambda n=metrics: Task(n), rounds, target)  # type: ignore[misc]
+            rounds = 1 if quick else 11 if metrics == 2 else 5
+            task = functools.partial(Task, metrics, LINE if quick else 1000)
+            found = section(title, task, rounds, target)
             found.plot = title
             yield found
         if torch.cuda.is_available():
-            yield from on_cuda(3 if quick else 11)
+            yield from on_cuda(1 if quick else 11)
 
 
 if __name__ == "__main__":

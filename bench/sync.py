@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import spawn
 from . import harness
 from .harness import OURS, Section, compare, interleave
 
-STEPS = 3  # in a turn
+STEPS = 2  # in a turn
 
 Model = Callable[[], tuple[nn.Module, torch.Tensor]]
 Way = Callable[[], float]
@@ -113,7 +113,7 @@ def work(rank: int, port: int, rounds: int, results: str) -> None:
     distrib.init()
     sections = []
     for build, target in TARGETS.items():
-        times, failed = interleave(ways(build), rounds, warmup=3)
+        times, failed = interleave(ways(build), rounds, warmup=2)
         targets = {f"{OURS}, `eager_sync_model`": target}
         rows = compare(times, failed, "DDP", 1e3, ratio=True, targets=targets)
         title = f"Gradient sync, {(build.__doc__ or '').split(',')[0].removeprefix('A ')}"
@@ -134,7 +134,7 @@ def measure(quick: bool = False) -> Iterator[Section]:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.json")
-        spawn(work, (port, 5 if quick else 40, str(results)), 2)
+        spawn(work, (port, 2 if quick else 25, str(results)), 2)
         for found in json.loads(results.read_text()):
             yield Section.from_dict(found)
 
