@@ -8,7 +8,7 @@ from html import escape
 
 from .harness import OURS, Row, Section
 
-WIDTH, PANEL, LEFT, RIGHT = 800, 400, 118, 70  # of the picture, a panel, its names, its numbers
+WIDTH, PANEL, LEFT, RIGHT = 800, 400, 132, 66  # of the picture, a panel, its names, its numbers
 LINE, BAR, TOP = 20, 12, 40  # heights of a row, of its bar, of a panel's head
 
 STYLE = """
@@ -75,7 +75,7 @@ def panel(section: Section) -> str:
         width = max(1.0, room * min(1.0, value / most))
         kind = "ours" if row.way.startswith(OURS) else "bar"
         mark = " class='ours'" if kind == "ours" else ""
-        name = row.way.replace("`", "").replace(f"{OURS}, ", "").replace("_sync_model", "")
+        name = row.way.replace("`", "").replace("eager_sync_model", "eager").replace("_model", "")
         parts.append(f'<text{mark} x="{LEFT - 6}" y="{y + 10}" text-anchor="end">{name}</text>')
         parts.append(
             f'<rect class="{kind}" x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR}" rx="2"/>'
