@@ -10,14 +10,14 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OURS = "this template"
 
-Times = dict[str, list[float]]
+Times = dict[str, dict[int, float]]  # by way and round
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,10 @@ def spelled(spread: Spread | None, number: str) -> str:
 
 
 def interleave(
-    ways: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1
+    ways: Mapping[str, Callable[[], float]],
+    rounds: int,
+    warmup: int = 1,
+    seldom: Container[str] = (),
 ) -> tuple[Times, dict[str, str]]:
     """Let all ways take turns, in an order that changes from round to round.
 
@@ -149,14 +152,15 @@ def interleave(
         ways: each returns what it took.
         rounds: to be kept.
         warmup: rounds before those.
+        seldom: ways that take part in each fourth round only, for they are slow.
 
     Returns:
-        What each way took in each round; and why the others can't run.
+        What each way took, by round; and why the others can't run.
     """
-    times: Times = {name: [] for name in ways}
+    times: Times = {name: {} for name in ways}
     failed: dict[str, str] = {}
     for number in range(-warmup, rounds):
-        turns = [name for name in ways if name not in failed]
+        turns = [n for n in ways if n not in failed and (n not in seldom or number % 4 == 0)]
         random.Random(number).shuffle(turns)
         for name in turns:
             gc.collect()
@@ -166,7 +170,7 @@ def interleave(
                 failed[name] = f"cannot run: {type(error).__name__}: {error}".splitlines()[0]
                 continue
             if number >= 0:
-                times[name].append(taken)
+                times[name][number] = taken
     return {name: taken for name, taken in times.items() if name not in failed}, failed
 
 
@@ -192,12 +196,12 @@ def compare(
     """
     targets, notes, rows = targets or {}, notes or {}, []
     for name, taken in times.items():
-        pairs = zip(taken, times[base], strict=True)
+        pairs = [(t, times[base][number]) for number, t in taken.items()]
         beside = [t / b if ratio else (t - b) * scale for t, b in pairs]
         rows.append(
             Row(
                 name,
-                Spread.of(taken).times(scale),
+                Spread.of([*taken.values()]).times(scale),
                 Spread.of(beside) if name != base else None,
                 targets.get(name),
                 notes.get(name, ""),

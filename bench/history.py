@@ -97,7 +97,7 @@ def measure(quick: bool = False) -> Iterator[Section]:
         times, failed = interleave(ways, rounds)
         rows = []
         for name, taken in times.items():
-            row = Row(name, Spread.of(taken).times(1e3))
+            row = Row(name, Spread.of([*taken.values()]).times(1e3))
             if name in ours:
                 row.target = TARGET
                 written = Spread.of(ours[name].written).median * 1e3

@@ -32,30 +32,25 @@ Metrics = dict[str, Tensor]
 
 
 class Clock(Dataset[Batch]):
-    """Data that are at hand, and that take the time as the loop asks for them.
+    """Data that are at hand, and that take the time as the loop asks for them."""
 
-    Args:
-        device: where the data are.
-        steps: to be timed, a multiple of `LINE`.
-    """
-
-    def __init__(self, device: torch.device, steps: int) -> None:
+    def __init__(self, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(8, BATCH, FEATURES, generator=generator).to(device)
         labels = torch.randint(CLASSES, (8, BATCH), generator=generator).to(device)
         self.batches = list(zip(inputs, labels, strict=True))
         self.at: dict[int, Callable[[], Any]] = {}
-        self.device, self.steps = device, steps
+        self.device = device
         self.seconds = 0.0  # per step
 
     def __len__(self) -> int:
-        return self.steps + LINE
+        return 2 * LINE
 
     def __getitem__(self, index: int) -> Batch:
         if index == WARM:
             self.begun = self._now()
-        elif index == WARM + self.steps:
-            self.seconds = (self._now() - self.begun) / self.steps
+        elif index == WARM + LINE:
+            self.seconds = (self._now() - self.begun) / LINE
         elif index in self.at:
             self.at[index]()
         return self.batches[index % len(self.batches)]
@@ -73,20 +68,18 @@ class Task:
 
     Args:
         metrics: number of metrics to average, two at least.
-        steps: to be timed, a multiple of `LINE`.
         device: to train on.
         bf16: train under bfloat16 autocast.
         compile: compile the model.
     """
 
     metrics: int = 2
-    steps: int = 1000
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bf16: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:
-        self.data = Clock(self.device, self.steps)
+        self.data = Clock(self.device)
         self.names = ["loss", "acc", *(f"logit_{i}" for i in range(self.metrics - 2))]
         torch.manual_seed(0)
         self.model = nn.Sequential(

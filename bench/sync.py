@@ -134,7 +134,7 @@ def measure(quick: bool = False) -> Iterator[Section]:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.json")
-        spawn(work, (port, 2 if quick else 25, str(results)), 2)
+        spawn(work, (port, 2 if quick else 20, str(results)), 2)
         for found in json.loads(results.read_text()):
             yield Section.from_dict(found)
 
