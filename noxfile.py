@@ -25,6 +25,7 @@ RUNTIME = (
     "tqdm",
     "wandb",
 )
+PEERS = ("accelerate", "flashy", "lightning", "lightning-fabric", "pytorch-ignite")
 
 PYTEST = ("pytest", "pytest-timeout", "pytest-xdist")
 SHARED = ("-n", "3", "--dist", "loadfile")  # tests wait more than they work
@@ -110,6 +111,13 @@ def faults(session: nox.Session) -> None:
     with tempfile.TemporaryDirectory() as folder:
         project = render(session, Path(folder))
         session.run("python", "-m", "tests.faults", str(project), *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure beside the peers and write bench/RESULTS.md; `-- --quick` shows that it runs."""
+    install(session, *RUNTIME, "cookiecutter", *PEERS)
+    session.run("python", "-m", "bench", *session.posargs)
 
 
 @nox.session
