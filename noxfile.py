@@ -133,7 +133,7 @@ def slurm(session: nox.Session) -> None:
 
 @nox.session
 def matrix(session: nox.Session) -> None:
-    """Let every example with every tracker be checked, tested, trained, killed, spread and swept.
+    """Check and test every example; train, kill, spread and sweep it with every tracker.
 
     Arguments go to pytest, such as `-k digits-wandb`.
     """
@@ -147,7 +147,7 @@ def matrix(session: nox.Session) -> None:
         # What they depend on is there, at the pinned versions; `pip check` says if not.
         session.install("-q", "--no-deps", "--no-build-isolation", *options)
         session.run("python", "-m", "pip", "check")
-        env = {**ONE_THREAD, "MATRIX": folder, "MYPY_CACHE_DIR": str(CACHE / "mypy")}
+        env = {**ONE_THREAD, "MATRIX": folder}
         chosen = session.posargs or ("-n", "3")
         session.run("python", "-m", "pytest", "tests/test_matrix.py", *chosen, env=env)
 

@@ -106,6 +106,24 @@ def test_every_answer_renders(
             assert not re.search(r"(?<!\$)\{\{|\{%|cookiecutter\.", text), name
 
 
+@pytest.mark.parametrize("example", QUESTIONS["example"])
+def test_trackers_differ_in_no_code(example: str, render: Render, tmp_path: Path) -> None:
+    """So what is checked with one tracker holds with all."""
+    project, seen = tmp_path / "out" / "my-research", []
+    for tracker in QUESTIONS["tracker"]:
+        assert render(example=example, tracker=tracker).returncode == 0
+        seen.append({name: (project / name).read_bytes() for name in files(project)})
+        shutil.rmtree(project)
+    differ = {name for name in seen[0] if len({one.get(name) for one in seen}) > 1}
+    assert all(one.keys() == seen[0].keys() for one in seen)
+    assert differ == {
+        ".template.json",
+        "README.md",
+        "my_research/config/config.yaml",
+        "pyproject.toml",
+    }
+
+
 def test_from_a_git_url(render: Render, template: Path, tmp_path: Path) -> None:
     repo = tmp_path / "repo"
     shutil.copytree(template, repo)
