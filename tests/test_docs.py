@@ -10,6 +10,7 @@ A page is followed from top to bottom in a copy of the project of its own. Block
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -61,6 +62,24 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+# Processes that need not import PyTorch once more.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["sklearn.datasets", "torch", __name__])
+
+
+def execute(block: Block, project: Path, env: dict[str, str], said: Path) -> None:
+    """Run Python in this process, as if it had been started for that in the project."""
+    multiprocessing.set_start_method("fork", force=True)  # as Linux has it by default
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(project)
+    sys.path.insert(0, str(project))
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    exec(compile(block.text, block.where, "exec"), {"__name__": "__main__"})
+
+
 class Reader:
     """Somebody who follows a page in a project."""
 
@@ -93,15 +112,20 @@ class Reader:
     def python(self, block: Block) -> None:
         if block.name:
             (self.project / block.name).write_text(block.text)
-        else:
-            self.run(sys.executable, "-c", block.text)
+            return
+        path = self.project.parent / "said"
+        process = FORKS.Process(target=execute, args=(block, self.project, self.env, path))
+        process.start()
+        process.join(200)
+        self.said = path.read_text()
+        assert process.exitcode == 0, self.said
 
     def text(self, block: Block) -> None:
         for line in block.text.splitlines():
             assert re.search(pattern(line), self.said), f"{line!r} is not in:\n{self.said}"
 
     def yaml(self, block: Block) -> None:
-        self.run(sys.executable, "-c", CHECK_CONFIG, given=json.dumps([block.text]))
+        """Checked with those of all pages."""
 
     def diff(self, block: Block) -> None:
         [name] = re.findall(r"^\+\+\+ b/(.*)$", block.text, re.M)
@@ -169,6 +193,13 @@ def test_a_page_can_be_followed(page: str, start: Callable[[Path], Reader], tmp_
             getattr(reader, block.language)(block)
         except AssertionError as error:
             pytest.fail(f"{block.where}: {error}")
+
+
+def test_configs_have_known_keys_and_types(start: Callable[[Path], Reader], tmp_path: Path) -> None:
+    shown = [b.text for page in PAGES for b in blocks(page) if b.language == "yaml"]
+    assert shown
+    reader = start(tmp_path)
+    reader.run(sys.executable, "-c", CHECK_CONFIG, given=json.dumps(shown))
 
 
 def test_what_needs_a_cluster_is_run_on_one() -> None:
