@@ -5,12 +5,11 @@ A page is followed from top to bottom in a copy of the project of its own. Block
 - `bash` are run, and must end well;
 - `python` are run in a process of their own; those with a name are written to that file instead;
 - `text` show some lines of what the block before said; numbers, signatures and `...` stand for any;
-- `yaml` are laid over the config, which has types;
+- `yaml` are laid over the config, which has types, or written to the file that they name;
 - `diff` are applied.
 """
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from .blocks import DOCS, Block, blocks
+from .blocks import DOCS, Block, blocks, run_python
 from .conftest import ROOT, clean_environment, cookiecutter
 
 # Pages that other tests run.
@@ -62,24 +61,6 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-# Processes that need not import PyTorch once more.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sklearn.datasets", "torch", __name__])
-
-
-def execute(block: Block, project: Path, env: dict[str, str], said: Path) -> None:
-    """Run Python in this process, as if it had been started for that in the project."""
-    multiprocessing.set_start_method("fork", force=True)  # as Linux has it by default
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(project)
-    sys.path.insert(0, str(project))
-    with said.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    exec(compile(block.text, block.where, "exec"), {"__name__": "__main__"})
-
-
 class Reader:
     """Somebody who follows a page in a project."""
 
@@ -112,20 +93,17 @@ class Reader:
     def python(self, block: Block) -> None:
         if block.name:
             (self.project / block.name).write_text(block.text)
-            return
-        path = self.project.parent / "said"
-        process = FORKS.Process(target=execute, args=(block, self.project, self.env, path))
-        process.start()
-        process.join(200)
-        self.said = path.read_text()
-        assert process.exitcode == 0, self.said
+        else:
+            self.said = run_python(block, self.project, self.env)
 
     def text(self, block: Block) -> None:
         for line in block.text.splitlines():
             assert re.search(pattern(line), self.said), f"{line!r} is not in:\n{self.said}"
 
     def yaml(self, block: Block) -> None:
-        """Checked with those of all pages."""
+        """Checked with those of all pages; one with a name is written to that file, too."""
+        if block.name:
+            (self.project / block.name).write_text(block.text)
 
     def diff(self, block: Block) -> None:
         [name] = re.findall(r"^\+\+\+ b/(.*)$", block.text, re.M)

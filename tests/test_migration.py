@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from core import checkpoint
 
-from .blocks import DOCS, Block, blocks
+from .blocks import DOCS, Block, blocks, run_python
 from .conftest import ROOT, clean_environment, cookiecutter
 
 SDIST = (
@@ -77,6 +77,13 @@ def state(run: Path) -> dict[str, Any]:
     found = checkpoint.read(run / "checkpoint.th")
     del found["xp.cfg"]["dora"]
     return found
+
+
+def learns(run: Path) -> None:
+    """See that all three epochs of a toy were trained, each better than the last."""
+    losses = [epoch["train"]["loss"] for epoch in history(run)]
+    assert len(losses) == 3
+    assert losses == sorted(losses, reverse=True)
 
 
 def same(one: Any, other: Any) -> None:
@@ -250,7 +257,7 @@ def pairs() -> dict[str, list[Block]]:
 def test_what_a_loop_was_before(toys: Path, title: str) -> None:
     pytest.importorskip(PEERS[title])
     [before] = [block for block in pairs()[title] if block.name == "before"]
-    run(toys, sys.executable, "-c", before.text)
+    run_python(before, toys, environment())
 
 
 @pytest.mark.parametrize(
@@ -263,19 +270,16 @@ def test_what_a_loop_was_before(toys: Path, title: str) -> None:
 )
 def test_what_a_loop_is_after(toys: Path, title: str, name: str) -> None:
     [after] = [b for b in pairs()[title] if b.name == "after" or b.name == f"{name}.py"]
-    (toys / f"{name}.py").write_text(after.text)
-    run(toys, sys.executable, f"{name}.py")
-    run_folder = toys / "outputs" / name
-    losses = [epoch["train"]["loss"] for epoch in history(run_folder)]
-    assert len(losses) == 3
-    assert losses == sorted(losses, reverse=True)
+    run_python(after, toys, environment())
+    learns(toys / "outputs" / name)
 
 
-def test_on_two_processes_a_loop_learns_the_same(toys: Path) -> None:
-    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"]
-    run(toys, *torchrun, "bare.py")
-    two = history(toys / "outputs" / "bare")
-    assert len(two) == 3
+def test_a_loop_that_was_moved_trains_on_two_processes(toys: Path, tmp_path: Path) -> None:
+    project = Path(
+        shutil.copytree(toys, tmp_path / "two", ignore=shutil.ignore_patterns("outputs"))
+    )
+    run(project, str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "bare.py")
+    learns(project / "outputs" / "bare")
 
 
 def test_weights_of_flashy_are_taken_over(tmp_path: Path) -> None:
@@ -284,6 +288,6 @@ def test_weights_of_flashy_are_taken_over(tmp_path: Path) -> None:
     cfg = OmegaConf.create({"epochs": 10})
     torch.save({"model": model.state_dict(), "xp.cfg": cfg}, tmp_path / "checkpoint.th")
     [block] = [block for block in PAGE if block.name == "weights"]
-    run(tmp_path, sys.executable, "-c", block.text)
+    run_python(block, tmp_path, environment())
     kept = torch.load(tmp_path / "weights.th")["model"]
     torch.testing.assert_close(kept["weight"], model.weight.data, rtol=0, atol=0)
