@@ -1,0 +1,211 @@
+"""Run each block of docs/ as it stands there, page by page, in a rendered project.
+
+A page is followed from top to bottom in a copy of the project of its own. Blocks of
+
+- `bash` are run, and must end well;
+- `python` are run in a process of their own; those with a name are written to that file instead;
+- `text` show some lines of what the block before said; numbers, signatures and `...` stand for any;
+- `yaml` are laid over the config, which has types, or written to the file that they name;
+- `diff` are applied.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .blocks import DOCS, Block, blocks, run_python
+from .conftest import ROOT, clean_environment, cookiecutter
+
+# Pages that other tests run.
+ELSEWHERE = {"migrating.md": "test_migration.py", "troubleshooting.md": "test_troubleshooting.py"}
+PAGES = sorted(page for page in DOCS.glob("*.md") if page.name not in ELSEWHERE)
+
+# Commands that need a cluster, and the tests of `nox -s slurm` that run them.
+ON_SLURM = {
+    "dora launch optim.lr=1e-3": "test_launch_with_one_task_and_with_two",
+    "dora grid lr": "test_a_grid_with_an_array_and_a_failure",
+    "dora grid lr --cancel": "test_a_cancelled_job_stays_cancelled_and_can_go_on",
+}
+# Edits of the config that make runs quick. What pages show is not about these.
+QUICK = {
+    "epochs: 15": "epochs: 2",
+    "size: 64": "size: 240",
+    "channels: 32": "channels: 8",
+    "warmup: 50": "warmup: 0",
+}
+CHECK_CONFIG = """
+import json, sys
+from omegaconf import OmegaConf
+from my_research.train import main
+for text in json.load(sys.stdin):
+    OmegaConf.merge(main.get_xp([]).cfg, OmegaConf.create(text))
+"""
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True)
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    """Replace what must be there."""
+    text = path.read_text()
+    assert old in text, f"{path.name} has no {old!r}"
+    path.write_text(text.replace(old, new))
+
+
+class Reader:
+    """Somebody who follows a page in a project."""
+
+    def __init__(self, project: Path, env: dict[str, str]) -> None:
+        self.project = project
+        self.env = env
+        self.said = ""
+
+    def run(self, *command: str, given: str = "") -> None:
+        """Run a command, and keep what it says."""
+        done = subprocess.run(
+            command,
+            cwd=self.project,
+            env=self.env,
+            input=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=200,
+        )
+        self.said = done.stdout
+        assert done.returncode == 0, self.said
+
+    def bash(self, block: Block) -> None:
+        if block.name == "slurm":
+            assert [line for line in block.text.splitlines() if line not in ON_SLURM] == []
+        else:
+            self.run("bash", "-euo", "pipefail", "-c", block.text)
+
+    def python(self, block: Block) -> None:
+        if block.name:
+            (self.project / block.name).write_text(block.text)
+        else:
+            self.said = run_python(block, self.project, self.env)
+
+    def text(self, block: Block) -> None:
+        for line in block.text.splitlines():
+            assert re.search(pattern(line), self.said), f"{line!r} is not in:\n{self.said}"
+
+    def yaml(self, block: Block) -> None:
+        """Checked with those of all pages; one with a name is written to that file, too."""
+        if block.name:
+            (self.project / block.name).write_text(block.text)
+
+    def diff(self, block: Block) -> None:
+        [name] = re.findall(r"^\+\+\+ b/(.*)$", block.text, re.M)
+        [old], [new] = (re.findall(rf"^\{mark}([^+-].*)$", block.text, re.M) for mark in "-+")
+        replace(self.project / name, old, new)
+
+
+def pattern(line: str) -> str:
+    """What a line looks like: numbers, signatures and `...` stand for any."""
+    parts = []
+    for part in re.split(r"(\.\.\.|\b[0-9a-f]{8}\b|\d+(?:\.\d+)?|\s+)", line.strip()):
+        if part == "...":
+            parts.append(".*")
+        elif re.fullmatch(r"[0-9a-f]{8}", part):
+            parts.append("[0-9a-f]{8}")
+        elif re.fullmatch(r"[\d.]+", part):
+            parts.append(r"[\d.]+")
+        else:
+            parts.append(r"\s+" if part.isspace() else re.escape(part))
+    return "".join(parts)
+
+
+@pytest.fixture(scope="module")
+def start(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Reader]:
+    """Begin to read, in a project made from a template that meanwhile has a newer version."""
+    folder = tmp_path_factory.mktemp("docs")
+    env = clean_environment(folder)
+    repo = Path(shutil.copytree(template, folder / "cookiecutter-solver"))
+    git(repo, "init", "-qb", "main")
+    git(repo, "add", "--all")
+    git(repo, "commit", "-qm", "old")
+    done = cookiecutter(repo, folder / "out", env)
+    assert done.returncode == 0, done.stderr
+    replace(
+        repo / "core" / "formatter.py", 'default_format: str = ".3f"', 'default_format: str = ".5f"'
+    )
+    replace(repo / "core" / "loader.py", "import itertools\n", "import itertools  # newer\n")
+    git(repo, "commit", "-qam", "new")
+
+    project = folder / "out" / "my-research"
+    for old, new in QUICK.items():
+        replace(project / "my_research" / "config" / "config.yaml", old, new)
+    git(project, "init", "-qb", "main")
+    git(project, "add", "--all")
+    git(project, "commit", "-qm", "rendered")
+    env |= {
+        f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    }
+    env |= {
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}",
+    }
+
+    def begin(where: Path) -> Reader:
+        return Reader(Path(shutil.copytree(project, where / "my-research")), env)
+
+    return begin
+
+
+@pytest.mark.parametrize("page", [page.name for page in PAGES])
+def test_a_page_can_be_followed(page: str, start: Callable[[Path], Reader], tmp_path: Path) -> None:
+    reader = start(tmp_path)
+    for block in blocks(DOCS / page):
+        try:
+            getattr(reader, block.language)(block)
+        except AssertionError as error:
+            pytest.fail(f"{block.where}: {error}")
+
+
+def test_configs_have_known_keys_and_types(start: Callable[[Path], Reader], tmp_path: Path) -> None:
+    shown = [b.text for page in PAGES for b in blocks(page) if b.language == "yaml"]
+    assert shown
+    reader = start(tmp_path)
+    reader.run(sys.executable, "-c", CHECK_CONFIG, given=json.dumps(shown))
+
+
+def test_what_needs_a_cluster_is_run_on_one() -> None:
+    tests = (ROOT / "tests" / "test_slurm.py").read_text()
+    assert [name for name in ON_SLURM.values() if f"def {name}(" not in tests] == []
+    shown = [b for page in PAGES for b in blocks(page) if b.name == "slurm"]
+    assert {line for block in shown for line in block.text.splitlines()} == {*ON_SLURM}
+
+
+def test_pages_are_few_and_short() -> None:
+    pages = [*DOCS.glob("*.md")]
+    assert len(pages) <= 10
+    assert [page.name for page in pages if len(page.read_text().splitlines()) > 225] == []
+
+
+def heading(line: str) -> str:
+    """The anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).strip().replace(" ", "-")
+
+
+def test_links_lead_somewhere() -> None:
+    broken = []
+    for page in DOCS.glob("*.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name).resolve() if name else page
+            text = path.read_text() if path.is_file() else ""
+            anchors = {heading(line) for line in re.findall(r"^#+ .*$", text, re.M)}
+            if not path.is_file() or (anchor and anchor not in anchors):
+                broken.append(f"{page.name}: {target}")
+    assert broken == []
