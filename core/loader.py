@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from . import distrib
+from .utils import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,12 @@ def set_epoch(epoch: int) -> None:
 
 
 def split_batch(batch_size: int) -> int:
-    """Return this rank's share of a global batch size; ValueError if ranks can't share it."""
+    """Return this rank's share of a global batch size; UserError if ranks can't share it."""
     share, rest = divmod(batch_size, distrib.world_size())
     if rest or not share:
-        raise ValueError(
+        raise UserError(
             f"a batch of {batch_size} can't be shared by {distrib.world_size()} processes: "
-            "choose a multiple of their number"
+            "let the batch size be their number, or two, three, … times that"
         )
     return share
 
@@ -184,7 +185,8 @@ class EpochSampler(Sampler[int]):
         order = self.order(torch.Generator().manual_seed(seed))
         if len(order) != (size := len(self.dataset)):
             name = type(self).__name__
-            raise ValueError(f"{name}.order gave {len(order)} indices for {size} examples")
+            text = f"{name}.order gave {len(order)} indices for {size} examples: one each is needed"
+            raise ValueError(text)
         return order
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from .. import distrib, loader
+from ..utils import UserError
 
 
 class Numbers(Dataset[int]):
@@ -159,7 +160,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         iter(loader.loader(Numbers(3), sampler=Half).sampler)
     be_rank(monkeypatch, 0, 2)
     assert loader.split_batch(8) == 4
-    with pytest.raises(ValueError, match="multiple"):
+    with pytest.raises(UserError, match="times that"):
         loader.split_batch(7)
 
 

@@ -27,6 +27,7 @@ from ..state import (
     plain,
     summary,
 )
+from ..utils import UserError
 
 
 class Owner:
@@ -188,7 +189,7 @@ def test_averages_of_weights() -> None:
     ema.reset()
     assert ema.states["model"]["weight"].item() == 4
     assert ema.states["model"]["weight"].data_ptr() == address
-    with pytest.raises(ValueError, match="below 1"):
+    with pytest.raises(UserError, match="below 1"):
         EMA({}, decay=1)
 
 
