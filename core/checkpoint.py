@@ -271,7 +271,7 @@ def _newest(path: Path, read_only: bool) -> tuple[Path, StateDict] | None:
         try:
             state = read(candidate)
         except (OSError, CheckpointError) as error:
-            raise CheckpointError(f"{candidate}: {error}") from error
+            raise CheckpointError(f"{candidate} can't be read: {error}") from error
         except Exception as error:
             damaged[candidate] = str(error).splitlines()[0]
             continue

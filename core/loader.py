@@ -185,8 +185,9 @@ class EpochSampler(Sampler[int]):
         order = self.order(torch.Generator().manual_seed(seed))
         if len(order) != (size := len(self.dataset)):
             name = type(self).__name__
-            text = f"{name}.order gave {len(order)} indices for {size} examples: one each is needed"
-            raise ValueError(text)
+            raise ValueError(
+                f"{name}.order gave {len(order)} indices for {size} examples: one each"
+            )
         return order
 
 

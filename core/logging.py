@@ -469,9 +469,12 @@ class ResultLogger:
             except Exception as error:
                 if tracker not in self._failed:
                     self._failed.add(tracker)
-                    name, trace = type(tracker).__name__, not isinstance(error, ImportError)
-                    text = "%s failed; the run goes on. Said only once: %s"
-                    self._logger.error(text, name, error, exc_info=trace)
+                    self._logger.error(
+                        "%s failed; the run goes on. Said only once: %s",
+                        type(tracker).__name__,
+                        error,
+                        exc_info=not isinstance(error, ImportError),  # which says it all
+                    )
 
 
 def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:

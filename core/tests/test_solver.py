@@ -226,6 +226,19 @@ def test_a_run_continues_from_another(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "Skipped" in caplog.text
 
 
+def test_a_run_that_was_not_restored_is_not_overwritten(tmp_path: Path) -> None:
+    Solver(tmp_path, epochs=3).run()
+    forgetful = Solver(tmp_path)
+    forgetful.run_stage("train", forgetful.train)
+    forgetful.commit()
+    with pytest.raises(UserError, match=r"epoch 1 could not .* it is of epoch 3, .* call restore"):
+        forgetful.wait()
+    solver = Solver(tmp_path)
+    assert solver.restore()
+    assert solver.epoch == 4
+    assert len(json.loads((tmp_path / "history.json").read_text())) == 3
+
+
 def test_lost_epochs_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Solver(tmp_path, epochs=3).run()
     (tmp_path / "checkpoint.th").write_bytes(b"")
@@ -238,7 +251,7 @@ def test_lost_epochs_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_unknown_tracker_and_missing_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'tensorbord'"):
         Solver(tmp_path).init_trackers(["tensorbord"])
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="BaseSolver has no run"):
         BaseSolver(tmp_path).run()
     with pytest.raises(RuntimeError, match="dora run"):
         BaseSolver()
