@@ -24,6 +24,8 @@ def explorer(launcher):
         launcher({{"optim.lr": lr}})
 """
 
+WIDE = "Launcher) -> None:\n    launcher.slurm_(gpus=8)"
+
 
 @pytest.fixture
 def project(render: Render, tmp_path: Path) -> Path:
@@ -116,11 +118,8 @@ def test_what_is_wrong_is_said_in_a_line(project: Path) -> None:
     (grids / "slip.py").write_text(slip)
     [line] = finish(start(project, "slip"), 1).splitlines()
     assert "did you mean 'optim.lr'?" in line
-    (grids / "wide.py").write_text(
-        (grids / "lr.py")
-        .read_text()
-        .replace("(launcher):", "(launcher):\n    launcher.slurm_(gpus=8)")
-    )
+    wide = slip.replace("optim.lrr", "optim.lr").replace("Launcher) -> None:", WIDE)
+    (grids / "wide.py").write_text(wide)
     pretend = "import torch; torch.cuda.is_available = lambda: True; "
     pretend += "torch.cuda.device_count = lambda: 2; from my_research.core import sweep; "
     done = subprocess.run(

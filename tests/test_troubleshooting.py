@@ -42,7 +42,7 @@ def messages(path: Path) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.Raise) or name in REFUSED or LOGGED.search(name):
             for argument in call.args:
                 if re.search("[a-z] |: …", text := words(argument)):
-                    yield f"{path.relative_to(ROOT)}:{node.lineno}", text
+                    yield f"{path.relative_to(ROOT)}:{call.lineno}", text
 
 
 def pattern(message: str) -> re.Pattern[str]:
