@@ -25,6 +25,11 @@ RUNTIME = (
     "tqdm",
     "wandb",
 )
+PEERS = ("accelerate", "flashy", "lightning", "lightning-fabric", "pytorch-ignite")
+
+PYTEST = ("pytest", "pytest-timeout", "pytest-xdist")
+SHARED = ("-n", "3", "--dist", "loadfile")  # tests wait more than they work
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 nox.options.sessions = ["lint", "tests", "matrix", "slurm"]
 nox.options.reuse_existing_virtualenvs = True
@@ -86,8 +91,17 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test the core and the template; arguments go to pytest."""
-    install(session, *RUNTIME, "cookiecutter", "hiplot", "optuna", "pytest", "pytest-timeout")
-    session.run("python", "-m", "pytest", *(session.posargs or []), env={"OMP_NUM_THREADS": "1"})
+    tools = (
+        "build",
+        "hatchling",
+        "hiplot",
+        "optuna",
+        "pre-commit",
+        "sp-repo-review[cli]",
+        "zizmor",
+    )
+    install(session, *RUNTIME, *PYTEST, *tools, "cookiecutter")
+    session.run("python", "-m", "pytest", *(session.posargs or SHARED), env=ONE_THREAD)
 
 
 @nox.session
@@ -100,31 +114,52 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Measure beside the peers and write bench/RESULTS.md; `-- --quick` shows that it runs."""
+    install(session, *RUNTIME, "cookiecutter", *PEERS)
+    session.run("python", "-m", "bench", *session.posargs)
+
+
+@nox.session
 def slurm(session: nox.Session) -> None:
     """Run a rendered project on a real Slurm cluster of two nodes, made on this machine."""
-    install(session, *RUNTIME, "cookiecutter", "pytest", "pytest-timeout")
+    install(session, *RUNTIME, *PYTEST, "cookiecutter")
     python = Path(session.bin, "python")
     if subprocess.run([python, "-m", "tests.cluster"], cwd=ROOT).returncode != 0:
         session.skip("there can be no Slurm cluster here; the line above says why")
-    env = {"SLURM_TESTS": "1", "OMP_NUM_THREADS": "1"}
+    env = {**ONE_THREAD, "SLURM_TESTS": "1"}
     session.run("python", "-m", "pytest", "tests/test_slurm.py", env=env)
 
 
 @nox.session
 def matrix(session: nox.Session) -> None:
-    """Render every example with every tracker: lint, type-check; install and test each example."""
-    install(session, *RUNTIME, "cookiecutter", "mypy", "pytest", "pytest-timeout", "ruff")
+    """Check and test every example; train, kill, spread and sweep it with every tracker.
+
+    Arguments go to pytest, such as `-k digits-wandb`.
+    """
+    install(session, *RUNTIME, *PYTEST, "cookiecutter", "editables", "hatchling", "mypy", "ruff")
     with tempfile.TemporaryDirectory() as folder:
+        options = []
         for example, tracker in itertools.product(QUESTIONS["example"], QUESTIONS["tracker"]):
-            where = Path(folder, f"{example}-{tracker}")
-            project = render(session, where, example=example, tracker=tracker)
-            check_rendered(session, project)
-            if tracker == QUESTIONS["tracker"][0]:
-                install(session, "-e", f"{project}[dev]")
-                # The core's tests are the same in all: once under another name is enough.
-                which = [] if example == QUESTIONS["example"][0] else ["tests"]
-                with session.chdir(project):
-                    session.run("pytest", *which, env={"OMP_NUM_THREADS": "1"})
+            slug = f"{example}-{tracker}"
+            answers = {"project_slug": slug, "example": example, "tracker": tracker}
+            options += ["-e", str(render(session, Path(folder), **answers))]
+        # What they depend on is there, at the pinned versions; `pip check` says if not.
+        session.install("-q", "--no-deps", "--no-build-isolation", *options)
+        session.run("python", "-m", "pip", "check")
+        env = {**ONE_THREAD, "MATRIX": folder}
+        chosen = session.posargs or ("-n", "3")
+        session.run("python", "-m", "pytest", "tests/test_matrix.py", *chosen, env=env)
+
+
+@nox.session
+def pictures(session: nox.Session) -> None:
+    """Take the README's pictures of a terminal and of the report, from real runs."""
+    install(session, *RUNTIME, "cookiecutter")
+    with tempfile.TemporaryDirectory() as folder:
+        project = render(session, Path(folder))
+        install(session, "-e", str(project))
+        session.run("python", "docs/pictures.py", str(project))
 
 
 def check_rendered(session: nox.Session, project: Path) -> None:

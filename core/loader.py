@@ -18,7 +18,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    get_worker_info,
+)
 
 from . import distrib
 from .utils import UserError
@@ -53,6 +60,7 @@ def loader(
     seed: int = 0,
     updates_per_epoch: int | None = None,
     sampler: Callable[..., EpochSampler] | None = None,
+    limit: int = 0,
     worker_init_fn: Callable[[int], None] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -72,17 +80,19 @@ def loader(
         updates_per_epoch: number of batches in an epoch, rather than once all data. The next epoch
             goes on behind the last example of this one, in an endless row of shuffled datasets.
         sampler: a subclass of `EpochSampler` with another `order`.
+        limit: use only so many batches, the first of the dataset, to find mistakes with; 0 for all.
         worker_init_fn: called in each worker after it is seeded.
         kwargs: keyword arguments of `klass`.
     """
-    _check(dataset, shuffle, sampler, updates_per_epoch, kwargs)
+    _check(dataset, shuffle, sampler, updates_per_epoch, limit, kwargs)
     if isinstance(dataset, IterableDataset):
         dataset = _IterableShard(dataset)
     else:
-        examples = None
-        if updates_per_epoch is not None:
-            batch_size = kwargs.get("batch_size", args[0] if args else 1)
-            examples = updates_per_epoch * (batch_size or 1) * distrib.world_size()
+        batch = (kwargs.get("batch_size", args[0] if args else 1) or 1) * distrib.world_size()
+        if limit:
+            size = len(cast(Sized, dataset))
+            dataset = Subset(dataset, range(min(limit * batch, size)))
+        examples = None if updates_per_epoch is None else updates_per_epoch * batch
         kind = sampler or EpochSampler
         kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples)
     # A generator of its own keeps the loader from drawing on the global one.
@@ -95,6 +105,7 @@ def _check(
     shuffle: bool,
     sampler: object,
     updates: int | None,
+    limit: int,
     arguments: Mapping[str, Any],
 ) -> None:
     if arguments.get("batch_sampler") is not None or not (sampler is None or callable(sampler)):
@@ -102,10 +113,13 @@ def _check(
             "loader: sampler= is a subclass of EpochSampler. What is an object already, or a "
             "batch_sampler, is not shared among ranks: give it to DataLoader itself"
         )
-    if isinstance(dataset, IterableDataset) and (shuffle or sampler or updates is not None):
+    if limit < 0:
+        raise UserError(f"loader: limit={limit}; give a number of batches, or 0 for all")
+    given = shuffle or sampler or limit or updates is not None
+    if isinstance(dataset, IterableDataset) and given:
         raise ValueError(
-            "loader: an iterable dataset has an order and an end of its own; "
-            "shuffle=, sampler= and updates_per_epoch= are for those with a length"
+            "loader: an iterable dataset has an order and an end of its own; shuffle=, sampler=, "
+            "limit= and updates_per_epoch= are for those with a length"
         )
     if arguments.get("persistent_workers"):
         logger.warning("persistent_workers: random numbers of workers will differ after a resume")
@@ -224,9 +238,8 @@ class _SeedWorker:
     def __call__(self, worker: int) -> None:
         parent = multiprocessing.parent_process()
         if parent is not None and parent.pid != os.getppid():
-            os._exit(
-                1
-            )  # it was killed meanwhile, and PyTorch would look out for its death too late
+            # It was killed meanwhile, and PyTorch would look out for its death too late.
+            os._exit(1)
         epoch = _epoch if self.epoch is None else self.epoch
         _seed(self.seed, epoch, self.rank, worker)
         info = get_worker_info()

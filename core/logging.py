@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -317,7 +317,7 @@ class ResultLogger:
         self._xp = xp or get_xp()
         self._failed: set[Tracker] = set()
         self._points: list[tuple[str, dict[str, Any], int, int]] = []
-        self._resumed: tuple[int, Container[str], Mapping[str, int]] | None = None
+        self._resumed: tuple[int, Collection[str], Mapping[str, int]] | None = None
         self.trackers: list[Tracker] = []
         self.add_tracker(LocalFiles(self._xp))
 
@@ -329,7 +329,7 @@ class ResultLogger:
                 tracker.resume(*self._resumed)
 
     def resume(
-        self, epoch: int, done: Container[str] = (), steps: Mapping[str, int] | None = None
+        self, epoch: int, done: Collection[str] = (), steps: Mapping[str, int] | None = None
     ) -> None:
         """Let trackers forget what is about to be repeated; see `Tracker.resume`.
 

@@ -51,7 +51,7 @@ class Averages(Mapping[str, float]):
         # Of each metric: the weighted sum, the sum of weights, the count of nonfinite values.
         self._sums: dict[str, list[float]] = {}
         self._weight = 0.0
-        self._steps: list[dict[str, Any]] = []  # that wait to be summed
+        self._steps: list[dict[str, Any]] = []  # that wait to be summed, each with its weight
         self._rows: list[torch.Tensor] = []  # what those have on a device, `[values]` each
         self._seen: dict[str, float] | None = {}
 
@@ -61,12 +61,13 @@ class Averages(Mapping[str, float]):
         step, on_device = {**metrics, WEIGHT: weight}, []
         try:
             for name, value in step.items():
-                if not isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor):
+                    if value.is_cpu:
+                        step[name] = value.item()
+                    else:
+                        on_device.append(name)
+                elif value.__class__ is not float:
                     step[name] = float(value)
-                elif value.is_cpu:
-                    step[name] = value.item()
-                else:
-                    on_device.append(name)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"average of {name}: {NO_METRIC}, not {value!r}") from None
         if on_device:

@@ -210,7 +210,8 @@ def _main_class() -> Any:
             try:
                 return super().get_xp(list(argv))
             except Exception as error:
-                known = [*flatten(cast(Any, OmegaConf.to_container(self._base_cfg)))]
+                keys = flatten(cast(Any, OmegaConf.to_container(self._base_cfg)))
+                known = [*keys, *self._config_groups]
                 raise SystemExit(f"Config error: {_one_line(error, known)}") from None
 
         def get_argv_from_sig(self, sig: str) -> Any:
@@ -225,6 +226,10 @@ def _main_class() -> Any:
         def init_xp(self, xp: Any) -> Any:
             with _writing_runs():
                 return super().init_xp(xp)
+
+        def _get_base_config(self, overrides: Any = ()) -> Any:
+            base, delta = super()._get_base_config(overrides)
+            return base, _other_choices(self, delta)
 
         def _get_dora(self) -> Any:
             dora = super()._get_dora()
@@ -251,6 +256,18 @@ def _main_class() -> Any:
             return _run(self.main)
 
     return Main
+
+
+def _other_choices(main: Any, delta: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Leave out of what tells a run from others: to choose from a group what is chosen anyway."""
+    from hydra import compose, initialize_config_dir
+
+    if not delta:
+        return delta
+    with initialize_config_dir(config_dir=str(main.full_config_path), **main.hydra_kwargs):
+        cfg = compose(main.config_name, return_hydra_config=True)
+    chosen = {group: str(name) for group, name in cfg.hydra.runtime.choices.items()}
+    return [(group, name) for group, name in delta if chosen.get(group) != name]
 
 
 def _run(main: Callable[[Any], Any]) -> Any:
@@ -423,6 +440,9 @@ def _one_line(error: BaseException, known: Sequence[str] = ()) -> str:
     """What is wrong with the config, from an error and its causes, with the nearest known key."""
     # Hydra's parser keeps the override that it can't read apart from what it says.
     lines = [override] if (override := getattr(error, "override", "")) else []
+    if options := getattr(error, "options", None):
+        group, _, name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
+        return f"there is no {group}={name}: {group} is one of {', '.join(sorted(options))}"
     cause: BaseException | None = error
     key = ""
     while cause is not None:

@@ -30,6 +30,8 @@ def main() -> None:
             shutil.rmtree(found)
     for package in sorted(project.rglob("package"), reverse=True):
         package.rename(package.with_name(PACKAGE))
+    # What several files share is included by Jinja, and is no file of the project.
+    (project / "partials").rename(root / "templates")
     (root / "core").rename(project / PACKAGE / "core")
 
 

@@ -17,6 +17,7 @@ QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text())
 
 COMMON = {
     ".gitattributes",
+    ".github/dependabot.yml",
     ".github/workflows/ci.yml",
     ".gitignore",
     ".pre-commit-config.yaml",
@@ -25,6 +26,8 @@ COMMON = {
     "README.md",
     "my_research/__init__.py",
     "my_research/config/config.yaml",
+    "my_research/config/debug/anomaly.yaml",
+    "my_research/config/debug/limit.yaml",
     "my_research/grids/__init__.py",
     "my_research/grids/lr.py",
     "my_research/py.typed",
@@ -32,17 +35,31 @@ COMMON = {
     "my_research/solver.py",
     "my_research/train.py",
     "pyproject.toml",
+    "tests/__init__.py",
+    "tests/helpers.py",
+    "tests/test_config.py",
     "tests/test_train.py",
 }
+MODEL = {"my_research/data.py", "my_research/model.py"}
 OWN = {
-    "digits": {"my_research/data.py", "my_research/model.py", "tests/test_digits.py"},
-    "basic": set(),
-    "adversarial": {
-        "my_research/data.py",
-        "my_research/model.py",
-        "tests/test_adversarial_digits.py",
+    "digits": MODEL
+    | {
+        "my_research/config/data/cifar10.yaml",
+        "my_research/config/data/digits.yaml",
+        "my_research/config/debug/overfit.yaml",
+        "my_research/config/experiment/averaged.yaml",
+        "tests/test_cifar10.py",
+        "tests/test_digits.py",
     },
-    "text": {"my_research/data.py", "my_research/model.py", "tests/test_text.py"},
+    "basic": {"my_research/config/experiment/gentle.yaml"},
+    "adversarial": MODEL
+    | {"my_research/config/experiment/short.yaml", "tests/test_adversarial_digits.py"},
+    "text": MODEL
+    | {
+        "my_research/config/debug/overfit.yaml",
+        "my_research/config/experiment/small.yaml",
+        "tests/test_text.py",
+    },
 }
 
 
@@ -87,6 +104,24 @@ def test_every_answer_renders(
         if "/core/" not in name:
             text = (project / name).read_text()
             assert not re.search(r"(?<!\$)\{\{|\{%|cookiecutter\.", text), name
+
+
+@pytest.mark.parametrize("example", QUESTIONS["example"])
+def test_trackers_differ_in_no_code(example: str, render: Render, tmp_path: Path) -> None:
+    """So what is checked with one tracker holds with all."""
+    project, seen = tmp_path / "out" / "my-research", []
+    for tracker in QUESTIONS["tracker"]:
+        assert render(example=example, tracker=tracker).returncode == 0
+        seen.append({name: (project / name).read_bytes() for name in files(project)})
+        shutil.rmtree(project)
+    differ = {name for name in seen[0] if len({one.get(name) for one in seen}) > 1}
+    assert all(one.keys() == seen[0].keys() for one in seen)
+    assert differ == {
+        ".template.json",
+        "README.md",
+        "my_research/config/config.yaml",
+        "pyproject.toml",
+    }
 
 
 def test_from_a_git_url(render: Render, template: Path, tmp_path: Path) -> None:

@@ -118,6 +118,18 @@ def test_an_epoch_of_any_number_of_updates(monkeypatch: pytest.MonkeyPatch) -> N
     assert [n for pair in zip(*shares, strict=True) for n in pair] == seen
 
 
+def test_a_limit_takes_the_first_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = loader.loader(Numbers(20), 3, limit=2)
+    assert torch.cat(list(made)).tolist() == list(range(6))
+    assert len(loader.loader(Numbers(4), 3, limit=2)) == 2
+    shuffled = loader.loader(Numbers(20), 3, shuffle=True, limit=2)
+    assert sorted(torch.cat(list(shuffled)).tolist()) == list(range(6))
+    same = loader.loader(Numbers(20), 3, shuffle=True, limit=1, updates_per_epoch=4)
+    assert [sorted(batch.tolist()) for batch in same] == [[0, 1, 2]] * 4
+    be_rank(monkeypatch, 1, 2)
+    assert torch.cat(list(loader.loader(Numbers(20), 3, limit=2))).tolist() == [1, 3, 5, 7, 9, 11]
+
+
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_are_seeded(context: str) -> None:
     def draw(epoch: int) -> torch.Tensor:
@@ -150,6 +162,10 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         loader.loader(Stream(), shuffle=True)
     with pytest.raises(ValueError, match="an end of its own"):
         loader.loader(Stream(), updates_per_epoch=1)
+    with pytest.raises(ValueError, match="an end of its own"):
+        loader.loader(Stream(), limit=1)
+    with pytest.raises(UserError, match="limit=-1; give a number"):
+        loader.loader(Numbers(3), limit=-1)
     with pytest.raises(ValueError, match="at least one update"):
         loader.loader(Numbers(3), updates_per_epoch=0)
     with pytest.raises(ValueError, match=r"sampler= is a subclass.*DataLoader"):

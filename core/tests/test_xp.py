@@ -161,6 +161,22 @@ def test_a_wrong_override_is_one_line(toy: Path, override: str, said: str) -> No
     assert not runs(toy)
 
 
+def test_a_choice_from_a_group_makes_a_run_unless_it_is_the_default(toy: Path) -> None:
+    config = toy / "toy" / "config"
+    text = CONFIG.replace("[schema, _self_]", "[schema, _self_, size: small]")
+    (config / "config.yaml").write_text(text)
+    (config / "size").mkdir()
+    for name, rate in (("small", 0.1), ("large", 0.2)):
+        (config / "size" / f"{name}.yaml").write_text(f"# @package _global_\nlr: {rate}\n")
+    for overrides in ([], ["size=small"], ["size=large"], ["size=large", "lr=0.2"]):
+        python(toy, "-m", "toy.train", *overrides)
+    assert len(runs(toy)) == 2
+    said = python(toy, "-m", "toy.train", "size=larg", code=1).stderr
+    assert said == "Config error: there is no size=larg: size is one of large, small\n"
+    said = python(toy, "-m", "toy.train", "sise=large", code=1).stderr
+    assert said.endswith("did you mean 'size'?\n")
+
+
 def test_a_wrong_config_file_is_one_line(toy: Path) -> None:
     with (toy / "toy" / "config" / "config.yaml").open("a") as file:
         file.write("lrr: 3\n")

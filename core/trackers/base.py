@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import wave
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import IO, Any, Self
 
 import numpy as np
@@ -38,7 +38,7 @@ class Tracker:
     def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
         """Log a point of the stage's curves by step."""
 
-    def resume(self, epoch: int, done: Container[str], steps: Mapping[str, int]) -> None:
+    def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int]) -> None:
         """Forget what was logged after the point from which the run goes on.
 
         Args:

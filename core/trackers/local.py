@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class LocalFiles(Tracker):
     def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
         self._write({"stage": stage, "epoch": epoch, "step": step, **metrics})
 
-    def resume(self, epoch: int, done: Container[str], steps: Mapping[str, int]) -> None:
+    def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int]) -> None:
         def keep(row: dict[str, Any]) -> bool:
             step, stage = row.get("step"), row["stage"]
             if row["epoch"] != epoch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class TensorBoard(Tracker):
         self._epoch: int | None = None
         self._steps: Mapping[str, int] | None = None
 
-    def resume(self, epoch: int, done: Container[str], steps: Mapping[str, int]) -> None:
+    def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int]) -> None:
         # TensorBoard can be told to forget all from some step on. Of an epoch that is half done,
         # nothing can be told apart: a point may then come twice, with the same value.
         self._epoch = None if done else epoch

@@ -1,5 +1,7 @@
 """Train with `dora run`, or `python -m {{ cookiecutter.package_name }}.train`; both take `key=value`."""
 
+import torch
+
 from .core import distrib, setup_logging
 from .core.state import seed_everything
 from .core.xp import hydra_main
@@ -13,6 +15,7 @@ def main(cfg: Config) -> None:
     setup_logging()
     distrib.init()
     seed_everything(cfg.seed)
+    torch.autograd.set_detect_anomaly(cfg.detect_anomaly)
     Solver(cfg).run()
 
 

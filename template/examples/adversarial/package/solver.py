@@ -23,9 +23,14 @@ class Solver(BaseSolver):
         self.device = distrib.device(cfg.device)
 
         train_set, valid_set = load_digits()
-        batch_size, workers = split_batch(cfg.data.batch_size), cfg.data.num_workers
         self.train_loader = loader(
-            train_set, batch_size, shuffle=True, seed=cfg.seed, num_workers=workers, drop_last=True
+            train_set,
+            split_batch(cfg.data.batch_size),
+            shuffle=True,
+            seed=cfg.seed,
+            limit=cfg.data.limit,
+            num_workers=cfg.data.num_workers,
+            drop_last=True,
         )
         self.real = valid_set.tensors[0]
 

@@ -4,18 +4,10 @@ from pathlib import Path
 
 import torch
 
-from {{ cookiecutter.package_name }}.core.state import seed_everything
-from {{ cookiecutter.package_name }}.core.xp import FolderXP
 from {{ cookiecutter.package_name }}.data import load_digits
 from {{ cookiecutter.package_name }}.model import Discriminator, Generator, frechet_distance
-from {{ cookiecutter.package_name }}.solver import Solver
-from {{ cookiecutter.package_name }}.train import main
 
-
-def make_solver(folder: Path, *overrides: str) -> Solver:
-    cfg = main.get_xp(["device=cpu", "trackers=[]", *overrides]).cfg
-    seed_everything(cfg.seed)
-    return Solver(cfg, FolderXP(folder))
+from .helpers import make_solver, train
 
 
 def test_data_is_split_without_overlap() -> None:
@@ -54,8 +46,7 @@ def test_a_step_trains_both(tmp_path: Path) -> None:
 
 
 def test_digits_are_learned(tmp_path: Path) -> None:
-    solver = make_solver(tmp_path, "epochs=60", "optim.lr=1e-3")
-    solver.run()
+    solver = train(tmp_path, "epochs=40", "samples=1000")
     distances = [epoch["valid"]["frechet"] for epoch in solver.history]
     assert distances[-1] < 15 < distances[0]
-    assert (tmp_path / "outputs" / "valid_60" / "samples.png").exists()
+    assert (tmp_path / "outputs" / "valid_40" / "samples.png").exists()

@@ -15,8 +15,10 @@ class OptimConfig:
 @dataclass
 class Config:
     epochs: int
+    updates_per_epoch: int
     seed: int
     device: str
+    detect_anomaly: bool
     log_updates: int
     trackers: list[str]
     optim: OptimConfig

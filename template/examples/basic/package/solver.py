@@ -38,9 +38,10 @@ class Solver(BaseSolver):
             self.commit()
 
     def train(self) -> dict[str, float]:
-        """Ten steps on noise."""
+        """Some updates, on noise."""
         average = self.averager()
-        steps = self.log_progress("train", range(10), updates=self.cfg.log_updates)
+        updates = range(self.cfg.updates_per_epoch)
+        steps = self.log_progress("train", updates, updates=self.cfg.log_updates)
         for _ in steps:
             loss = self.loss()
             self.optim.zero_grad()

@@ -11,8 +11,11 @@ from .core.checkpoint import Policy
 
 @dataclass
 class DataConfig:
+    name: str
+    folder: str | None
     batch_size: int
     num_workers: int
+    limit: int
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Config:
     epochs: int
     seed: int
     device: str
+    detect_anomaly: bool
     log_updates: int
     log_every: int
     trackers: list[str]

@@ -16,27 +16,25 @@ from .core.loader import loader, split_batch
 from .core.state import EMA, Best
 from .core.utils import make_grid
 from .core.xp import XP
-from .data import CLASSES, load_digits
+from .data import CLASSES, Images, load
 from .model import ConvNet
 from .schema import Config
 
 
 class Solver(BaseSolver):
-    """Trains a classifier of handwritten digits."""
+    """Trains a classifier of images."""
 
     def __init__(self, cfg: Config, xp: XP | None = None) -> None:
         super().__init__(xp)
         self.cfg = cfg
         self.device = distrib.device(cfg.device)
 
-        train_set, valid_set = load_digits()
-        batch_size, workers = split_batch(cfg.data.batch_size), cfg.data.num_workers
-        self.train_loader = loader(
-            train_set, batch_size, shuffle=True, seed=cfg.seed, num_workers=workers
-        )
-        self.valid_loader = loader(valid_set, batch_size, num_workers=workers)
+        train_set, valid_set = load(cfg.data.name, cfg.data.folder)
+        self.train_loader = self.make_loader(train_set, shuffle=True)
+        self.valid_loader = self.make_loader(valid_set)
 
-        self.model = ConvNet(CLASSES, cfg.model.channels, cfg.model.dropout).to(self.device)
+        size = cfg.model
+        self.model = ConvNet(train_set.shape, CLASSES, size.channels, size.dropout).to(self.device)
         distrib.broadcast_model(self.model)
         if cfg.model.compile:
             self.model.compile()
@@ -54,6 +52,18 @@ class Solver(BaseSolver):
         self.register_stateful("model", "optim", "schedule", "ema", "best")
         self.checkpoints = Policy.from_config(cfg.checkpoint)
         self.init_trackers(cfg.trackers, project=__package__)
+
+    def make_loader(self, dataset: Images, shuffle: bool = False) -> DataLoader[Any]:
+        """Batches of this process's share of a dataset."""
+        batches: DataLoader[Any] = loader(
+            dataset,
+            split_batch(self.cfg.data.batch_size),
+            shuffle=shuffle,
+            seed=self.cfg.seed,
+            limit=self.cfg.data.limit,
+            num_workers=self.cfg.data.num_workers,
+        )
+        return batches
 
     def run(self) -> None:
         """Train until all epochs are committed, from wherever the run stands."""
@@ -98,7 +108,7 @@ class Solver(BaseSolver):
         return distrib.average_metrics(average, average.weight)
 
     def run_step(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
-        """One batch, `[B, 1, 8, 8]` and `[B]`; its metrics stay on the device, unawaited."""
+        """One batch, `[B, C, H, W]` and `[B]`; its metrics stay on the device, unawaited."""
         if not self.model.training:
             return self.forward(images, labels)
         metrics: dict[str, Any] = {}

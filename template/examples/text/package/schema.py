@@ -13,6 +13,7 @@ from .core.checkpoint import Policy
 class DataConfig:
     batch_size: int
     num_workers: int
+    limit: int
     context: int
     updates_per_epoch: int
 
@@ -45,6 +46,7 @@ class Config:
     epochs: int
     seed: int
     device: str
+    detect_anomaly: bool
     log_updates: int
     log_every: int
     trackers: list[str]

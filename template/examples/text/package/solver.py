@@ -28,18 +28,10 @@ class Solver(BaseSolver):
 
         self.alphabet, train_text, valid_text = load_text()
         context = cfg.data.context
-        batch_size, workers = split_batch(cfg.data.batch_size), cfg.data.num_workers
-        self.train_loader = loader(
-            Windows(train_text, context, stride=1),
-            batch_size,
-            shuffle=True,
-            seed=cfg.seed,
-            updates_per_epoch=cfg.data.updates_per_epoch,
-            num_workers=workers,
+        self.train_loader = self.make_loader(
+            Windows(train_text, context, stride=1), cfg.data.updates_per_epoch
         )
-        self.valid_loader = loader(
-            Windows(valid_text, context, stride=context), batch_size, num_workers=workers
-        )
+        self.valid_loader = self.make_loader(Windows(valid_text, context, stride=context))
 
         size = cfg.model
         self.model = Transformer(
@@ -55,6 +47,19 @@ class Solver(BaseSolver):
         self.register_stateful("model", "optim", "schedule")
         self.checkpoints = Policy.from_config(cfg.checkpoint)
         self.init_trackers(cfg.trackers, project=__package__)
+
+    def make_loader(self, windows: Windows, updates: int | None = None) -> DataLoader[Any]:
+        """Batches of this process's share of the data: all of it, or so many in random order."""
+        batches: DataLoader[Any] = loader(
+            windows,
+            split_batch(self.cfg.data.batch_size),
+            shuffle=updates is not None,
+            seed=self.cfg.seed,
+            updates_per_epoch=updates,
+            limit=self.cfg.data.limit,
+            num_workers=self.cfg.data.num_workers,
+        )
+        return batches
 
     def run(self) -> None:
         """Train until all epochs are committed, from wherever the run stands."""

@@ -4,18 +4,11 @@ from pathlib import Path
 
 import torch
 
-from {{ cookiecutter.package_name }}.core.state import seed_everything
-from {{ cookiecutter.package_name }}.core.xp import FolderXP
 from {{ cookiecutter.package_name }}.data import Alphabet, Windows, load_text
 from {{ cookiecutter.package_name }}.model import Transformer
-from {{ cookiecutter.package_name }}.solver import Solver, warmup_cosine
-from {{ cookiecutter.package_name }}.train import main
+from {{ cookiecutter.package_name }}.solver import warmup_cosine
 
-
-def make_solver(folder: Path, *overrides: str) -> Solver:
-    cfg = main.get_xp(["device=cpu", "trackers=[]", *overrides]).cfg
-    seed_everything(cfg.seed)
-    return Solver(cfg, FolderXP(folder))
+from .helpers import make_solver, train
 
 
 def test_an_alphabet_gives_texts_back() -> None:
@@ -68,11 +61,15 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert abs(factor(110)) < 1e-9
 
 
+def test_one_batch_is_learned_by_heart(tmp_path: Path) -> None:
+    solver = train(tmp_path, "debug=overfit")
+    assert solver.history[-1]["train"]["loss"] < 0.1
+
+
 def test_text_is_learned(tmp_path: Path) -> None:
-    solver = make_solver(tmp_path, "epochs=2", "data.updates_per_epoch=60", "data.context=48")
-    solver.run()
+    solver = train(tmp_path, "experiment=small", "epochs=2", "data.updates_per_epoch=30")
     first, last = (epoch["valid"]["bpc"] for epoch in solver.history)
     # Single characters, by their frequency, take about 4.4 bits.
     assert last < first < 4.4
-    assert last < 3.6
+    assert last < 3.8
     assert len((tmp_path / "outputs" / "valid_2" / "sample.txt").read_text()) == 304

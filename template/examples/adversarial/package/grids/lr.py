@@ -7,10 +7,12 @@
 from typing import Any
 
 import treetable as tt
-from dora.explore import Explorer, Launcher
+from dora.explore import Launcher
+
+from . import LastEpoch
 
 
-class Samples(Explorer):
+class Samples(LastEpoch):
     """Says what the table shows."""
 
     def get_grid_metrics(self) -> list[Any]:
@@ -19,11 +21,6 @@ class Samples(Explorer):
             tt.group("train", [tt.leaf("epoch"), tt.leaf("loss", ".4f")]),
             tt.group("valid", [tt.leaf("loss", ".4f"), tt.leaf("frechet", ".2f")]),
         ]
-
-    def process_history(self, history: list[dict[str, Any]]) -> dict[str, Any]:
-        """Values for the columns, from the metrics of all epochs so far."""
-        last = history[-1] if history else {"train": {}, "valid": {}}
-        return last | {"train": last["train"] | {"epoch": len(history)}}
 
 
 @Samples

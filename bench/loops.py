@@ -1,0 +1,302 @@
+"""One training loop, written in each way as that way's documentation shows it.
+
+All train the same tiny model on the same batches, average the same metrics over the epoch, and
+show them every `LINE` steps. What is timed is what happens between two looks at the data.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from .harness import OURS
+
+WARM, LINE = 100, 250  # steps before the clock starts; steps from line to line
+FEATURES, CLASSES, BATCH = 64, 18, 32
+
+logger = logging.getLogger("bench")
+
+Batch = tuple[Tensor, Tensor]
+Metrics = dict[str, Tensor]
+
+
+class Clock(Dataset[Batch]):
+    """Data that are at hand, and that take the time as the loop asks for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(8, BATCH, FEATURES, generator=generator).to(device)
+        labels = torch.randint(CLASSES, (8, BATCH), generator=generator).to(device)
+        self.batches = list(zip(inputs, labels, strict=True))
+        self.at: dict[int, Callable[[], Any]] = {}
+        self.device = device
+        self.seconds = 0.0  # per step
+
+    def __len__(self) -> int:
+        return 2 * LINE
+
+    def __getitem__(self, index: int) -> Batch:
+        if index == WARM:
+            self.begun = self._now()
+        elif index == WARM + LINE:
+            self.seconds = (self._now() - self.begun) / LINE
+        elif index in self.at:
+            self.at[index]()
+        return self.batches[index % len(self.batches)]
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()  # nothing waits, and others may use this machine too
+
+
+@dataclass
+class Task:
+    """What is to be trained.
+
+    Args:
+        metrics: number of metrics to average, two at least.
+        device: to train on.
+        bf16: train under bfloat16 autocast.
+        compile: compile the model.
+    """
+
+    metrics: int = 2
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    bf16: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        self.data = Clock(self.device)
+        self.names = ["loss", "acc", *(f"logit_{i}" for i in range(self.metrics - 2))]
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Linear(FEATURES, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES)
+        ).to(self.device)
+        if self.compile:
+            self.model.compile()
+
+    def loader(self) -> DataLoader[Batch]:
+        """The batches, as a user has them."""
+        return DataLoader(self.data, batch_size=None)
+
+    def optim(self) -> torch.optim.Optimizer:
+        """The optimizer."""
+        return torch.optim.SGD(self.model.parameters(), lr=1e-3)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """For loops without a switch for it."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def forward(self, model: nn.Module, batch: Batch) -> Metrics:
+        """The metrics of a batch, of which the loss has a graph."""
+        inputs, labels = batch
+        logits = model(inputs)
+        metrics = {"loss": F.cross_entropy(logits, labels)}
+        metrics["acc"] = (logits.argmax(1) == labels).float().mean()
+        if self.metrics > 2:
+            metrics |= zip(self.names[2:], logits.detach().float().mean(0).unbind(), strict=False)
+        return metrics
+
+    def step(self, batch: Batch, optim: torch.optim.Optimizer) -> Metrics:
+        """A step of training by hand."""
+        with self.autocast():
+            metrics = self.forward(self.model, batch)
+        optim.zero_grad()
+        metrics["loss"].backward()
+        optim.step()
+        return metrics
+
+
+def log_line(done: int, metrics: Mapping[str, float]) -> None:
+    """A progress line, as people write one by hand."""
+    parts = [f"step {done}", *(f"{name} {value:.3f}" for name, value in metrics.items())]
+    logger.info(" | ".join(parts))
+
+
+class Means:
+    """Averages as most loops of examples have them."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.done = 0
+
+    def take(self, metrics: Metrics) -> None:
+        """Add the metrics of a step; write a line when it is time."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.item() * BATCH
+        self.done += 1
+        if self.done % LINE == 0:
+            log_line(self.done, {k: v / BATCH / self.done for k, v in self.sums.items()})
+
+
+# ------------------------------------------------------------------------------------------ ways
+
+
+def bare(task: Task) -> None:
+    """No averages, no lines."""
+    optim = task.optim()
+    for batch in task.loader():
+        task.step(batch, optim)
+
+
+def by_hand(task: Task) -> None:
+    """Sums of `.item()`, which wait for a GPU in every step."""
+    optim, means = task.optim(), Means()
+    for batch in task.loader():
+        means.take(task.step(batch, optim))
+
+
+def ours(task: Task) -> None:
+    """As in the `loop` of a rendered solver."""
+    from core import BaseSolver
+
+    class Solver(BaseSolver):
+        def train(self) -> Mapping[str, float]:
+            optim, average = task.optim(), self.averager()
+            batches = self.log_progress("train", task.loader(), updates=len(task.data) // LINE)
+            for batch in batches:
+                batches.update(average(task.step(batch, optim), weight=BATCH))
+            return average
+
+    with tempfile.TemporaryDirectory() as folder:
+        solver = Solver(folder)
+        solver.run_stage("train", solver.train)
+
+
+def flashy(task: Task) -> None:
+    """As in its examples."""
+    from flashy import LogProgressBar, averager
+
+    optim, average = task.optim(), averager()
+    batches = LogProgressBar(logger, task.loader(), updates=len(task.data) // LINE, name="Train")
+    for batch in batches:
+        batches.update(**average(task.step(batch, optim), BATCH))
+
+
+def accelerate(task: Task) -> None:
+    """A loop by hand around `prepare` and `backward`."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(
+        cpu=task.device.type == "cpu", mixed_precision="bf16" if task.bf16 else "no"
+    )
+    model, optim, loader = accelerator.prepare(task.model, task.optim(), task.loader())
+    means = Means()
+    for batch in loader:
+        with accelerator.autocast() if task.bf16 else nullcontext():
+            metrics = task.forward(model, batch)
+        optim.zero_grad()
+        accelerator.backward(metrics["loss"])
+        optim.step()
+        means.take(metrics)
+    accelerator.free_memory()
+
+
+def fabric(task: Task) -> None:
+    """A loop by hand around `setup` and `backward`."""
+    from lightning_fabric import Fabric
+
+    fabric = Fabric(
+        accelerator=task.device.type, devices=1, precision="bf16-mixed" if task.bf16 else "32-true"
+    )
+    model, optim = fabric.setup(task.model, task.optim())
+    loader, means = fabric.setup_dataloaders(task.loader()), Means()
+    for batch in loader:
+        with fabric.autocast() if task.bf16 else nullcontext():
+            metrics = task.forward(model, batch)
+        optim.zero_grad()
+        fabric.backward(metrics["loss"])
+        optim.step()
+        means.take(metrics)
+
+
+def ignite(task: Task) -> None:
+    """An engine with running averages."""
+    from ignite.engine import Engine, Events
+    from ignite.metrics import RunningAverage
+
+    optim = task.optim()
+    trainer = Engine(lambda engine, batch: task.step(batch, optim))
+    for name in task.names:
+        average = RunningAverage(output_transform=lambda output, name=name: output[name].item())
+        average.attach(trainer, name)
+
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(every=LINE),
+        lambda engine: log_line(engine.state.iteration, engine.state.metrics),
+    )
+    trainer.run(task.loader(), max_epochs=1)
+
+
+def lightning(task: Task, show: bool = True) -> None:
+    """A Trainer that averages by `log_dict`; its bar and CSV file follow every `LINE` steps."""
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import TQDMProgressBar
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Module(LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = task.model
+
+        def training_step(self, batch: Batch, index: int) -> Tensor:
+            metrics = task.forward(self.model, batch)
+            self.log_dict(metrics, on_step=show, on_epoch=True, prog_bar=show, batch_size=BATCH)
+            return metrics["loss"]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return task.optim()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator="gpu" if task.device.type == "cuda" else "cpu",
+            devices=1,
+            precision="bf16-mixed" if task.bf16 else "32-true",
+            max_epochs=1,
+            logger=CSVLogger(folder) if show else False,
+            callbacks=[TQDMProgressBar(refresh_rate=LINE)] if show else None,
+            enable_progress_bar=show,
+            log_every_n_steps=LINE,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            default_root_dir=Path(folder),
+        )
+        trainer.fit(Module(), task.loader())
+
+
+def lightning_silent(task: Task) -> None:
+    """A Trainer that averages, but has no bar, no file and no curves by step."""
+    lightning(task, show=False)
+
+
+WAYS: dict[str, Callable[[Task], None]] = {
+    "bare loop": bare,
+    "by hand, `.item()`": by_hand,
+    OURS: ours,
+    "Flashy": flashy,
+    "ignite": ignite,
+    "Fabric": fabric,
+    "Accelerate": accelerate,
+    "Lightning, silent": lightning_silent,
+    "Lightning": lightning,
+}
+
+
+def quiet(folder: Path) -> None:
+    """Send the lines of all ways to one file, and what peers say beside them nowhere."""
+    logging.basicConfig(filename=folder / "log", level=logging.INFO, force=True)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)

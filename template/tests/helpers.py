@@ -1,0 +1,55 @@
+"""What the tests share: a solver to train here, and commands run as from a shell."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from {{ cookiecutter.package_name }}.core.state import seed_everything
+from {{ cookiecutter.package_name }}.core.xp import FolderXP
+from {{ cookiecutter.package_name }}.solver import Solver
+from {{ cookiecutter.package_name }}.train import main
+
+REPO = Path(__file__).parent.parent
+
+
+def make_solver(folder: Path, *overrides: str) -> Solver:
+    """A freshly seeded solver, on the CPU and without trackers, whose run is the folder."""
+    cfg = main.get_xp(["device=cpu", "trackers=[]", *overrides]).cfg
+    seed_everything(cfg.seed)
+    return Solver(cfg, FolderXP(folder))
+
+
+def train(folder: Path, *overrides: str) -> Solver:
+    """Such a solver, after its run."""
+    solver = make_solver(folder, *overrides)
+    solver.run()
+    return solver
+
+
+def interrupt(solver: Solver, epoch: int) -> None:
+    """Run, and press Ctrl-C in the validation of an epoch."""
+    valid = solver.valid
+
+    def interrupted() -> dict[str, float]:
+        if solver.epoch == epoch:
+            raise KeyboardInterrupt
+        return valid()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver, "valid", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            solver.run()
+    assert len(solver.history) == epoch - 1
+
+
+def run(*args: str, outputs: Path, code: int = 0) -> str:
+    """Run Python in a process of its own; return what it says."""
+    env = os.environ | {"{{ cookiecutter.package_name | upper }}_DIR": str(outputs), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *args], cwd=REPO, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    return done.stderr
