@@ -20,15 +20,15 @@ import torch
 
 from . import distrib
 from .state import Records, StateDict, plain
-from .utils import write_and_rename
+from .utils import UserError, write_and_rename
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files; to be raised when older code could not read newer files
 
 
-class CheckpointError(RuntimeError):
-    """There is a checkpoint, but none that can be used."""
+class CheckpointError(UserError):
+    """A checkpoint can't be used, or not be written."""
 
 
 @dataclass
@@ -51,7 +51,10 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.last < 1 or self.every < 0 or self.mode not in ("min", "max"):
-            raise ValueError(f"checkpoints: last >= 1, every >= 0, mode min or max; not {self}")
+            raise UserError(
+                "checkpoint: last must be at least 1, every at least 0, mode min or max; not "
+                f"last={self.last}, every={self.every}, mode={self.mode}"
+            )
 
     @classmethod
     def from_config(cls, cfg: Any) -> Policy:
@@ -110,14 +113,14 @@ def _write(state: StateDict, path: Path, epoch: int, what: str, keep: bool = Fal
     about = {"format": FORMAT, "epoch": epoch, "ranks": distrib.world_size()}
     try:
         if keep and path.exists():
-            _keep(path)
+            _keep(path, epoch)
         whole = {n: plain([*v], n) if isinstance(v, Records) else v for n, v in state.items()}
         with write_and_rename(path) as file:
             torch.save({"checkpoint": about, **whole}, file)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{what} could not be saved to {path}: {error.__context__ or error}; "
-            "the checkpoint before it is intact"
+            "the checkpoint before it is intact: once that is mended, the same command goes on"
         ) from error
 
 
@@ -131,14 +134,19 @@ def _beside(path: Path, mark: object) -> list[Path]:
     return list(path.parent.glob(f"{path.stem}.{mark}{path.suffix}"))
 
 
-def _keep(path: Path) -> None:
-    """Give the latest checkpoint the name of an older one too."""
+def _keep(path: Path, epoch: int) -> None:
+    """Give the latest checkpoint the name of an older one too, if it is older than this epoch."""
     try:
-        epoch = _load(path, mmap=True)["checkpoint"]["epoch"]
+        found = _load(path, mmap=True)["checkpoint"]["epoch"]
     except Exception:
         _set_aside(path)
         return
-    name = path.with_name(f"{path.stem}.{epoch}{path.suffix}")
+    if found > epoch:
+        raise CheckpointError(
+            f"it is of epoch {found}, and was not restored: call restore() before you train, or "
+            "start anew with `dora run --clear`"
+        )
+    name = path.with_name(f"{path.stem}.{found}{path.suffix}")
     name.unlink(missing_ok=True)
     os.link(path, name)
 
@@ -263,7 +271,7 @@ def _newest(path: Path, read_only: bool) -> tuple[Path, StateDict] | None:
         try:
             state = read(candidate)
         except (OSError, CheckpointError) as error:
-            raise CheckpointError(f"{candidate}: {error}") from error
+            raise CheckpointError(f"{candidate} can't be read: {error}") from error
         except Exception as error:
             damaged[candidate] = str(error).splitlines()[0]
             continue
@@ -315,7 +323,9 @@ def read(path: Path) -> StateDict:
     if not isinstance(state, dict) or "format" not in state.get("checkpoint", {}):
         raise ValueError("not a checkpoint of this project")
     if (found := state.pop("checkpoint")["format"]) > FORMAT:
-        raise CheckpointError(f"format {found} is newer than this code, which knows {FORMAT}")
+        raise CheckpointError(
+            f"format {found} is newer than this code, which knows {FORMAT}: update the core"
+        )
     return state
 
 

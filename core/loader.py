@@ -28,6 +28,7 @@ from torch.utils.data import (
 )
 
 from . import distrib
+from .utils import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +42,12 @@ def set_epoch(epoch: int) -> None:
 
 
 def split_batch(batch_size: int) -> int:
-    """Return this rank's share of a global batch size; ValueError if ranks can't share it."""
+    """Return this rank's share of a global batch size; UserError if ranks can't share it."""
     share, rest = divmod(batch_size, distrib.world_size())
     if rest or not share:
-        raise ValueError(
+        raise UserError(
             f"a batch of {batch_size} can't be shared by {distrib.world_size()} processes: "
-            "choose a multiple of their number"
+            "let the batch size be their number, or two, three, … times that"
         )
     return share
 
@@ -113,7 +114,7 @@ def _check(
             "batch_sampler, is not shared among ranks: give it to DataLoader itself"
         )
     if limit < 0:
-        raise ValueError(f"loader: limit={limit}; give a number of batches, or 0 for all")
+        raise UserError(f"loader: limit={limit}; give a number of batches, or 0 for all")
     given = shuffle or sampler or limit or updates is not None
     if isinstance(dataset, IterableDataset) and given:
         raise ValueError(
@@ -198,7 +199,9 @@ class EpochSampler(Sampler[int]):
         order = self.order(torch.Generator().manual_seed(seed))
         if len(order) != (size := len(self.dataset)):
             name = type(self).__name__
-            raise ValueError(f"{name}.order gave {len(order)} indices for {size} examples")
+            raise ValueError(
+                f"{name}.order gave {len(order)} indices for {size} examples: one each"
+            )
         return order
 
 

@@ -18,6 +18,7 @@ from .formatter import Formatter
 from .state import plain
 from .trackers import LocalFiles, TensorBoard, Tracker, WandB
 from .trackers.base import check_audio, check_image
+from .utils import UserError
 from .xp import XP, get_xp
 
 T = TypeVar("T")
@@ -53,8 +54,8 @@ def setup_logging(
     """Send log records to stderr, and to one file for each rank.
 
     Ranks above zero write their file in full, and to stderr warnings and errors only. An exception
-    that nobody catches is logged as well, and shown by rank zero. Calling it again replaces what
-    the last call set up.
+    that nobody catches is logged as well, and shown by rank zero; of a `UserError`, one line.
+    Calling it again replaces what the last call set up.
 
     Args:
         with_file_log: write the file.
@@ -69,6 +70,7 @@ def setup_logging(
         handler.close()
     stderr = _Terminal() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
     stderr.setFormatter(_LineFormatter(colours=sys.stderr.isatty()))
+    stderr.addFilter(lambda record: not hasattr(record, "file_only"))
     stderr.setLevel(level if distrib.is_rank_zero() else max(level, logging.WARNING))
     root.addHandler(stderr)
     if with_file_log:
@@ -87,7 +89,10 @@ def _log_uncaught(
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
-    logging.getLogger(__name__).critical("The run failed", exc_info=(kind, error, trace))
+    log, trouble = logging.getLogger(__name__), (kind, error, trace)
+    if slip := isinstance(error, UserError):
+        log.critical("%s", error)
+    log.critical("The run failed", exc_info=trouble, extra={"file_only": True} if slip else None)
     process_group.report_failure(error)
 
 
@@ -185,7 +190,7 @@ class LogProgressBar(Generic[T]):
 
     def __len__(self) -> int:
         if self._total is None:
-            raise TypeError("the iterable has no length, and no total was given")
+            raise TypeError("the iterable of this progress bar has no length: give it total=")
         return self._total
 
     def __iter__(self) -> Iterator[T]:
@@ -407,7 +412,7 @@ class ResultLogger:
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
         """Log a text."""
         if not isinstance(text, str):
-            raise ValueError(f"a text must be a str, not a {type(text).__name__}")
+            raise ValueError(f"log_text: a text must be a str, not a {type(text).__name__}")
         self._send(lambda tracker: tracker.log_text(stage, key, text, step), step)
 
     def get_log_progress_bar(
@@ -461,11 +466,15 @@ class ResultLogger:
         for tracker in self.trackers:
             try:
                 log(tracker)
-            except Exception:
+            except Exception as error:
                 if tracker not in self._failed:
                     self._failed.add(tracker)
-                    name = type(tracker).__name__
-                    self._logger.exception("%s failed; the run goes on. Said only once.", name)
+                    self._logger.error(
+                        "%s failed; the run goes on. Said only once: %s",
+                        type(tracker).__name__,
+                        error,
+                        exc_info=not isinstance(error, ImportError),  # which says it all
+                    )
 
 
 def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from . import distrib, preemption
 from .loader import EpochSampler
 from .state import StateDict, get_generators, set_generators
-from .utils import Averages
+from .utils import Averages, UserError
 from .xp import Preempted
 
 T = TypeVar("T")
@@ -61,9 +61,10 @@ class Midway:
             return None
         then, metrics = self._done[self._given]
         if then != name:
-            raise RuntimeError(
+            raise UserError(
                 f"the run stopped in epoch {self._epoch} after stage {then!r}, and now comes "
-                f"{name!r} in its place: stages must come in the same order"
+                f"{name!r} in its place: run the same stages in the same order, or delete "
+                "midway.th in its folder to go on from the last commit"
             )
         self._given += 1
         return metrics
@@ -87,9 +88,8 @@ class Midway:
 
     @property
     def _mine(self) -> StateDict:
-        """What this rank saved of the interrupted stage."""
-        assert self._saved is not None
-        mine: StateDict = self._saved["ranks"][distrib.rank()]
+        """What this rank saved of the interrupted stage; empty if none was."""
+        mine: StateDict = self._saved["ranks"][distrib.rank()] if self._saved is not None else {}
         return mine
 
     # ------------------------------------------------------------------------------------- loops
@@ -99,7 +99,7 @@ class Midway:
         averages = Averages(beta)
         if self._stage is not None:
             number = len(self._stage.averages)
-            if self._saved is not None and number < len(saved := self._mine["averages"]):
+            if number < len(saved := self._mine.get("averages", ())):
                 averages.load_state_dict(saved[number])
             self._stage.averages.append(averages)
         return averages
@@ -149,18 +149,18 @@ class Midway:
     def _begin(self, stage: _Stage, iterable: Iterable[T], before: int) -> Iterator[T]:
         """Iterate from the start or from where the loop was, with the generators as they were."""
         sampler = getattr(iterable, "sampler", None)
-        saved = self._mine if self._saved is not None else None
-        if saved is not None:
+        saved = self._mine
+        if saved:
             set_generators(saved["loop_generators"])
         stage.step, stage.loop_generators = before, get_generators()
         if isinstance(sampler, EpochSampler):
-            stage.passes = saved["passes"] if saved is not None else sampler.passes
+            stage.passes = saved["passes"] if saved else sampler.passes
             sampler.seek(stage.passes, before * (getattr(iterable, "batch_size", None) or 1))
         iterator = iter(iterable)
         if not isinstance(sampler, EpochSampler):
             for _ in range(before):
                 next(iterator, None)
-        if saved is not None:
+        if saved:
             set_generators(saved["now"])
             self._saved = None
         return iterator

@@ -112,7 +112,10 @@ def _all_are_here(position: Position) -> bool:
             return True
         if time.monotonic() > deadline:
             silent = sorted({*range(process_group.world_size())} - positions.keys())
-            raise RuntimeError(f"asked to stop by {_asked}, but no word from ranks {silent}")
+            raise RuntimeError(
+                f"asked to stop by {_asked}, but no word from ranks {silent}, which hang or are in "
+                "no log_progress loop; the last commit is safe"
+            )
         time.sleep(0.02)
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from .utils import UserError
 from .xp import rendezvous_file
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
         return
     cuda = torch.cuda.is_available()
     if backend == "nccl" and not cuda:
-        raise RuntimeError("backend nccl needs CUDA, which is not available: use gloo")
+        raise UserError("backend nccl needs CUDA, which is not available: use gloo")
     if cuda:
         torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -126,8 +127,15 @@ def _join(here: Place, backend: str | None, patience: timedelta) -> Store:
     # Its functions have the process group of the moment of their import as a default argument.
     # Were that ours, it would outlive `leave`, and its threads might crash the end of Python.
     importlib.import_module("torch.distributed.nn.functional")
-    meeting = rendezvous(_rendezvous(here), here.rank, here.world_size, timeout=patience)
-    store, _, _ = next(meeting)
+    where = _rendezvous(here)
+    try:
+        store, _, _ = next(rendezvous(where, here.rank, here.world_size, timeout=patience))
+    except (dist.DistError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {here.rank} of {here.world_size} can't meet the others at {where}: {why}. Is "
+            "the address right, the port free, and does each process run?"
+        ) from error
     store.set_timeout(patience)
     # What is said in words travels between CPUs and never waits for a GPU.
     if torch.cuda.is_available() and backend in (None, "nccl"):
@@ -153,7 +161,7 @@ def _rendezvous(here: Place) -> str:
         return f"tcp://{os.environ.get('MASTER_ADDR', job.master_addr)}:{job.master_port}"
     if (meeting := rendezvous_file()) is not None:
         return f"file://{meeting}"
-    raise RuntimeError(
+    raise UserError(
         f"rank {here.rank} of {here.world_size} does not know where to meet the others: "
         "set MASTER_ADDR and MASTER_PORT, or start with `dora run -d` or torchrun"
     )
@@ -191,8 +199,9 @@ def leave() -> None:
 
 
 def _leave_at_exit() -> None:
-    for other, error in _failures().items():
-        if other != rank() and is_rank_zero():
+    failures = _failures()
+    for other, error in failures.items():
+        if is_rank_zero() and error != failures.get(rank()):  # nor what all ranks have met
             logger.error("Rank %d failed: %s", other, error)
     if _broken:  # a collective that will never end would hold us here until its timeout
         logging.shutdown()
@@ -213,9 +222,12 @@ def device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if accelerated else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
-            raise RuntimeError("device=cuda: CUDA is not available here; use device=cpu or auto")
+            raise UserError("device=cuda: CUDA is not available here; use device=cpu or auto")
         return torch.device("cuda", place().local_rank % torch.cuda.device_count())
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name}: there are auto, cpu, cuda and mps") from None
 
 
 # -------------------------------------------------------------------------------- disagreements
@@ -239,6 +251,8 @@ def meet(what: str, items: Sequence[str] = ()) -> None:
     """
     if not is_distributed():
         return
+    if not _initialized():
+        raise RuntimeError(f"{what}: call distrib.init() first, at the start of each process")
     mine = torch.tensor([zlib.crc32("\n".join([what, *items]).encode())])
     everyone = [torch.empty_like(mine) for _ in range(world_size())]
     wait(dist.all_gather(everyone, mine, async_op=True), what)

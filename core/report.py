@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint
-from .utils import flatten, write_and_rename
+from .utils import UserError, flatten, write_and_rename
 
 HIGHER = re.compile(
     r"acc|accuracy|auc|bleu|correct|dice|f1|iou|map|precision|psnr|r2|recall|return|reward|rouge"
@@ -58,7 +58,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """Read a run's folder; ValueError names a file that can't be read."""
+        """Read a run's folder; UserError names a file that can't be read."""
         run, path = cls(folder), folder / "history.json"
         try:
             if path.exists():
@@ -68,7 +68,7 @@ class Run:
                 with suppress(json.JSONDecodeError):  # torn by a kill, or being written
                     run._add_step(json.loads(line))
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} can't be read: {error}") from error
+            raise UserError(f"{path} can't be read: {error}; move the run away") from error
         return run
 
     def _add_step(self, row: dict[str, Any]) -> None:
@@ -120,15 +120,15 @@ class Run:
 
 
 def find_runs(folder: Path, sigs: Sequence[str]) -> list[Run]:
-    """The runs in a folder, by signature, or else by age; ValueError if one is not there."""
+    """The runs in a folder, by signature, or else by age; UserError if one is not there."""
     found = {path.name: path for path in folder.glob("*") if (path / "history.json").exists()}
     for sig in sigs:
         if sig not in found:
             near = difflib.get_close_matches(sig, found, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"no run {sig} with a committed epoch in {folder}{hint}")
+            raise UserError(f"no run {sig} with a committed epoch in {folder}{hint}")
     if not found:
-        raise ValueError(f"no run with a committed epoch in {folder}: train one with `dora run`")
+        raise UserError(f"no run with a committed epoch in {folder}: train one with `dora run`")
     paths = [found[sig] for sig in dict.fromkeys(sigs)] or sorted(found.values(), key=_age)
     return [Run.read(path) for path in paths]
 
@@ -352,7 +352,7 @@ def runs_folder() -> Path:
     """Where the runs of the project are that this core is part of."""
     package = __package__.rpartition(".")[0]
     if not package:
-        raise ValueError("this core is in no project: say where the runs are, with --dir FOLDER")
+        raise UserError("this core is in no project: say where the runs are, with --dir FOLDER")
     dora = importlib.import_module(f"{package}.train").main.dora
     return Path(dora.dir, dora.xps)
 
@@ -368,15 +368,15 @@ def main(argv: Iterable[str] | None = None) -> None:
         folder = args.dir or runs_folder()
         folder = folder / "xps" if (folder / "xps").is_dir() else folder
         runs = find_runs(folder, args.sig)
-    except ValueError as error:
+        keys = differences(runs)
+        print(aligned(table(runs, keys[:SHOWN_KEYS], choose(columns(runs, "epochs")))))
+        if more := keys[SHOWN_KEYS:]:
+            print(f"They also differ in {', '.join(more)}.")
+        out = args.out or folder.parent / "report.html"
+        with write_and_rename(out, "w") as file:
+            file.write(page(runs, f"Runs in {folder.parent.resolve().parent.name or folder}"))
+    except (OSError, UserError) as error:
         sys.exit(f"report: {error}")
-    keys = differences(runs)
-    print(aligned(table(runs, keys[:SHOWN_KEYS], choose(columns(runs, "epochs")))))
-    if more := keys[SHOWN_KEYS:]:
-        print(f"They also differ in {', '.join(more)}.")
-    out = args.out or folder.parent / "report.html"
-    with write_and_rename(out, "w") as file:
-        file.write(page(runs, f"Runs in {folder.parent.resolve().parent.name or folder}"))
     print(f"Curves: {out}")
 
 

@@ -18,7 +18,7 @@ from .formatter import Formatter
 from .logging import LogProgressBar, ResultLogger, length, to_numbers
 from .midway import Midway
 from .state import AttributeWrapper, Records, RNGState, StateDict, StateManager, plain, summary
-from .utils import Averages, flatten
+from .utils import Averages, UserError, flatten
 from .xp import XP, FolderXP, HistoryFile, Preempted, get_xp, in_signature, resume_command
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class BaseSolver:
 
     def run(self) -> None:
         """Train: to be written by you."""
-        raise NotImplementedError(f"{type(self).__name__} has no run()")
+        raise NotImplementedError(f"{type(self).__name__} has no run(): write it, to train")
 
     @property
     def folder(self) -> Path:
@@ -181,7 +181,7 @@ class BaseSolver:
         }
         refused = [text for key, text in changes.items() if in_signature(self.xp, key)]
         if refused and strict and not os.environ.get(ALLOW_CONFIG_CHANGE):
-            raise ValueError(
+            raise UserError(
                 f"the config of run {self.xp.sig} has changed since its last checkpoint: "
                 f"{'; '.join(refused)}. Undo that; or start anew (`dora run --clear`); or go on "
                 f"with the new values by setting {ALLOW_CONFIG_CHANGE}=1 in the environment"
@@ -208,13 +208,19 @@ class BaseSolver:
         tried.append(self.folder.parent / source / "checkpoint.th")
         path = next((p for p in tried if p.is_file()), None)
         if path is None:
-            raise FileNotFoundError(f"continue from {source}: no {' nor '.join(map(str, tried))}")
+            raise UserError(
+                f"continue from {source}: there is no {' nor '.join(map(str, tried))}; give the "
+                "signature or the folder of a run, or a checkpoint file"
+            )
         state = checkpoint.load(path, read_only=True) or {}
         kept = {"latest": state, "ema": state.get("ema")}
         kept["best"] = state.get("best", {}).get("states")
         found = kept.get(version) or {}
         if absent := [name for name in names if name not in found]:
-            raise ValueError(f"continue from {path}: it has no {version} {', '.join(absent)}")
+            there = ", ".join(f"{v} ({', '.join(states)})" for v, states in kept.items() if states)
+            raise UserError(
+                f"continue from {path}: no {version} {', '.join(absent)} in it, which has {there}"
+            )
         self.stateful.subset(names).load_state_dict({n: found[n] for n in names}, strict)
         self.logger.info("Continue from %s of %s: %s", version, path, ", ".join(names))
 
@@ -347,7 +353,7 @@ class BaseSolver:
         }
         for name in names:
             if name not in known:
-                raise ValueError(f"no tracker is called {name!r}; there are {', '.join(known)}")
+                raise UserError(f"no tracker is called {name!r}; there are {', '.join(known)}")
             known[name]()
 
     def averager(self, beta: float = 1.0) -> Averages:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from . import distrib
+from .utils import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ class StateManager:
     def register(self, name: str, source: StateDictSource, write_only: bool = False) -> None:
         """Add a source; ValueError if the name is taken."""
         if name in self.sources:
-            raise ValueError(f"{name!r} is registered as state already")
+            raise ValueError(f"{name!r} is registered as state already: once is enough")
         self.sources[name] = WriteOnlyWrapper(source) if write_only else source
 
     def subset(self, names: Iterable[str]) -> StateManager:
@@ -243,7 +244,7 @@ class StateManager:
         part = StateManager()
         for name in names:
             if name not in self.sources:
-                raise ValueError(f"{name!r} is not registered; {', '.join(self.sources)} are")
+                raise ValueError(f"{name!r} is no registered state; {', '.join(self.sources)} are")
             part.register(name, self.sources[name])
         return part
 
@@ -258,8 +259,8 @@ class StateManager:
         """Give each source its state back.
 
         Args:
-            strict: if entries are missing, unexpected or of another shape, raise a RuntimeError
-                that lists them all, and change nothing; otherwise warn and load the rest.
+            strict: if entries are missing, unexpected or of another shape, raise a UserError that
+                lists them all, and change nothing; otherwise warn and load the rest.
         """
         readable = {n: s for n, s in self.sources.items() if not isinstance(s, WriteOnlyWrapper)}
         problems = [f"{n}: missing" for n in sorted(readable.keys() - state.keys())]
@@ -270,10 +271,12 @@ class StateManager:
                 usable[name], found = source.reconcile(value)
                 problems += found
         if problems:
-            message = "checkpoint and registered state differ: " + "; ".join(problems)
             if strict:
-                raise RuntimeError(message)
-            logger.warning("Skipped: %s", message)
+                raise UserError(
+                    "the checkpoint is of other state than this code's: build it as it was, or "
+                    f"load what fits, with strict=False. What differs: {'; '.join(problems)}"
+                )
+            logger.warning("Skipped, for it differs in the checkpoint: %s", "; ".join(problems))
         for name, value in usable.items():
             readable[name].load_state_dict(value)
 
@@ -340,7 +343,7 @@ class Best:
 
     def __init__(self, modules: Mapping[str, nn.Module], mode: str = "min") -> None:
         if mode not in ("min", "max"):
-            raise ValueError(f"best: mode must be min or max, not {mode!r}")
+            raise ValueError(f"Best: mode must be min or max, not {mode!r}")
         self.modules = dict(modules)
         self.mode = mode
         self.value = math.inf if mode == "min" else -math.inf
@@ -389,7 +392,7 @@ class EMA:
 
     def __init__(self, modules: Mapping[str, nn.Module], decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"EMA: decay must be at least 0 and below 1, not {decay}")
+            raise UserError(f"EMA: decay must be at least 0 and below 1, not {decay}")
         self.modules = dict(modules)
         self.decay = decay
         self.states: dict[str, dict[str, torch.Tensor]] = {}

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from .logging import plain_text
-from .utils import write_and_rename
+from .utils import UserError, write_and_rename
 from .xp import Grid
 
 TAIL = 15  # lines of the log of a run that failed
@@ -170,7 +170,8 @@ class Sweep:
             if code:
                 print(f"\nRun {sig} failed, see {worker.log}:\n{worker.tail()}", flush=True)
                 continue
-            history = json.loads((worker.xp.folder / "history.json").read_text())
+            path = worker.xp.folder / "history.json"  # none, if there was nothing to do
+            history = json.loads(path.read_text()) if path.exists() else []
             with write_and_rename(worker.xp.folder / "sweep.json", "w") as file:
                 json.dump({"epochs": len(history)}, file)
 
@@ -198,11 +199,13 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser.add_argument("--interval", type=float, default=60, help="seconds between tables")
     parser.add_argument("--dry-run", action="store_true", help="show the runs, start none")
     args = parser.parse_args(None if argv is None else list(argv))
+    if args.workers is not None and args.workers < 1:
+        sys.exit(f"sweep: --workers must be at least 1, not {args.workers}")
     package = __package__.rpartition(".")[0]
     train = importlib.import_module(f"{package}.train")
     try:
         grid = Grid(train.main, args.grid)
-    except ValueError as error:
+    except UserError as error:
         sys.exit(f"sweep: {error}")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))

@@ -16,6 +16,14 @@ WEIGHT = "its weight"  # a name that no metric has
 NO_METRIC = "a metric is a number or a tensor of one element"
 
 
+class UserError(RuntimeError):
+    """What a user mends without reading code: a wrong value, a missing file, a full disk.
+
+    The message is one line that names culprit and cure. That is all that a terminal shows of it;
+    the traceback goes to the log file. A mistake in code is another error, and keeps its traceback.
+    """
+
+
 def averager(beta: float = 1.0) -> Averages:
     """Return what averages metrics over the steps of a stage, when it is called.
 

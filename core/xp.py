@@ -18,14 +18,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
-from .utils import flatten, write_and_rename
+from .utils import UserError, flatten, write_and_rename
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +128,11 @@ class Preempted(KeyboardInterrupt):
 
 
 def get_xp() -> XP:
-    """Return the experiment that is running under Dora; RuntimeError if there is none."""
+    """Return the experiment that is running under Dora; UserError if there is none."""
     from dora.xp import get_xp, is_xp
 
     if not is_xp():
-        raise RuntimeError(
+        raise UserError(
             "no experiment is running: start with `dora run`, "
             "or give the solver a folder, as in BaseSolver(xp='some/folder')"
         )
@@ -213,6 +214,19 @@ def _main_class() -> Any:
                 known = [*keys, *self._config_groups]
                 raise SystemExit(f"Config error: {_one_line(error, known)}") from None
 
+        def get_argv_from_sig(self, sig: str) -> Any:
+            try:
+                return super().get_argv_from_sig(sig)
+            except RuntimeError:
+                folder = self.dora.dir / self.dora.xps
+                near = difflib.get_close_matches(sig, [p.name for p in folder.glob("*")], n=1)
+                hint = f"did you mean {near[0]}?" if near else "the report lists the runs"
+                raise UserError(f"no run {sig} in {folder}: {hint}") from None
+
+        def init_xp(self, xp: Any) -> Any:
+            with _writing_runs():
+                return super().init_xp(xp)
+
         def _get_base_config(self, overrides: Any = ()) -> Any:
             base, delta = super()._get_base_config(overrides)
             return base, _other_choices(self, delta)
@@ -275,6 +289,7 @@ def _run(main: Callable[[Any], Any]) -> Any:
 def _mend_dora() -> None:
     """Work around what fails in Dora 0.1.13; a test tells when it no longer does."""
     from dora import git_save
+    from dora.shep import Shepherd
 
     # It asks who is logged in at the terminal, but a job has none.
     try:
@@ -290,8 +305,27 @@ def _mend_dora() -> None:
         xp.folder.mkdir(parents=True, exist_ok=True)
         assign(xp, clone)
 
+    # It makes its folders before it asks us anything.
+    start = Shepherd.__init__
+
+    @functools.wraps(start)
+    def init(*args: Any, **kwargs: Any) -> None:
+        with _writing_runs():
+            start(*args, **kwargs)
+
     if not hasattr(assign, "__wrapped__"):
         git_save.assign_clone = assign_clone
+        Shepherd.__init__ = init  # type: ignore[method-assign]
+
+
+@contextmanager
+def _writing_runs() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(
+            f"Runs can't be written: {error}. Make room there, or choose another dora.dir"
+        ) from None
 
 
 def _leave_out_gpus_where_none_are() -> None:
@@ -346,7 +380,7 @@ class Grid:
         module = self._import(f"{main.package}.grids", name)
         self._explorer: Any = getattr(module, "explorer", None)
         if not isinstance(self._explorer, Explorer):
-            raise ValueError(
+            raise UserError(
                 f"{module.__file__} has no `explorer`, a function under a dora.Explorer"
             )
         slurm = SlurmConfig()
@@ -370,7 +404,7 @@ class Grid:
                 raise
             folder = Path(importlib.import_module(package).__file__ or "").parent
             known = sorted(path.stem for path in folder.glob("[!_]*.py"))
-            raise ValueError(f"no grid {name} in {folder}; there are {', '.join(known)}") from None
+            raise UserError(f"no grid {name} in {folder}; there are {', '.join(known)}") from None
 
     def table(self) -> str:
         """The runs with their states and what the grid's explorer shows of their histories."""
@@ -410,12 +444,19 @@ def _one_line(error: BaseException, known: Sequence[str] = ()) -> str:
         group, _, name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
         return f"there is no {group}={name}: {group} is one of {', '.join(sorted(options))}"
     cause: BaseException | None = error
+    key = ""
     while cause is not None:
         said = (str(cause) or type(cause).__name__).replace(":\n", ": ")
         lines.append(said.splitlines()[0].rstrip("."))
+        if (mark := getattr(cause, "problem_mark", None)) is not None:  # of YAML's parser
+            lines.append(f"line {mark.line + 1}: {getattr(cause, 'problem', '')}")
+        key = key or str(getattr(cause, "full_key", None) or "")
         cause = cause.__cause__
-    key = str(getattr(error.__cause__, "full_key", None) or "")
-    if key and known and key not in known:
+    if key and not any(key in line for line in lines):
+        lines.append(f"in {key}")
+    if inner := [name for name in known if name.startswith(f"{key}.")]:
+        lines.append(f"its keys are {', '.join(inner)}")
+    elif key and known and key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         lines.append(f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}")
     return ": ".join(dict.fromkeys(lines))

@@ -230,6 +230,23 @@ def test_an_author_with_an_accent(render: Render, tmp_path: Path) -> None:
 def test_versions_agree() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f'__version__ = "{version}"' in (ROOT / "core" / "__init__.py").read_text()
+    headings = re.findall(r"^## (\S+)(.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == ("Unreleased", "")
+    for newest, date in headings[1:2]:  # none before the first release
+        assert newest == version
+        assert re.fullmatch(r" - \d{4}-\d\d-\d\d", date)
+
+
+def test_ci_runs_pinned_actions_on_what_is_supported() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    actions = re.findall(r"uses: (.*)", workflow)
+    assert actions
+    assert all(re.fullmatch(r"\S+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in actions)
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = about["requires-python"].removeprefix(">=")
+    assert f'python: ["{oldest}", ' in workflow
+    assert re.search(r"os: \[ubuntu-\S+, macos-\S+\]", workflow)
+    assert "- run: bash .ci/run" in workflow
 
 
 def test_models_and_data_do_not_import_the_core() -> None:

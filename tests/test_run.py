@@ -131,6 +131,15 @@ def test_an_error_on_another_rank_is_shown_and_ends_the_run(project: Path) -> No
     assert len(history(project)) == 1
 
 
+def test_a_slip_that_all_ranks_notice_is_said_once(project: Path) -> None:
+    slip = ["-d", "--ddp_workers=2", "trackers=[]", "device=cpu", "data.batch_size=63"]
+    said = finish(start(project, "dora", "run", *slip), code=1)
+    assert said.count("a batch of 63 can't be shared by 2 processes") == 1
+    assert "Traceback" not in said
+    [log] = project.glob("outputs/xps/*/solver.log.0")
+    assert "Traceback" in log.read_text()
+
+
 def test_torchrun_on_two_machines_that_are_one(project: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

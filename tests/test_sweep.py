@@ -24,6 +24,8 @@ def explorer(launcher):
         launcher({{"optim.lr": lr}})
 """
 
+WIDE = "Launcher) -> None:\n    launcher.slurm_(gpus=8)"
+
 
 @pytest.fixture
 def project(render: Render, tmp_path: Path) -> Path:
@@ -105,6 +107,36 @@ def test_an_unknown_grid_is_named(project: Path) -> None:
     said = finish(start(project, "lrr"), 1)
     assert said.startswith("sweep: no grid lrr in ")
     assert said.endswith("; there are lr\n")
+
+
+def test_what_is_wrong_is_said_in_a_line(project: Path) -> None:
+    assert finish(start(project, "lr", "--workers=0"), 1).startswith("sweep: --workers must be")
+    grids = project / "my_research" / "grids"
+    (grids / "empty.py").write_text("")
+    assert "empty.py has no `explorer`" in finish(start(project, "empty"), 1)
+    slip = (grids / "lr.py").read_text().replace("optim.lr", "optim.lrr")
+    (grids / "slip.py").write_text(slip)
+    [line] = finish(start(project, "slip"), 1).splitlines()
+    assert "did you mean 'optim.lr'?" in line
+    wide = slip.replace("optim.lrr", "optim.lr").replace("Launcher) -> None:", WIDE)
+    (grids / "wide.py").write_text(wide)
+    pretend = "import torch; torch.cuda.is_available = lambda: True; "
+    pretend += "torch.cuda.device_count = lambda: 2; from my_research.core import sweep; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{pretend}sweep.main(['wide', '--dry-run'])"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == "sweep: a run of wide wants 8 GPUs, and there are 2 here\n"
+
+
+def test_a_run_with_nothing_to_do_is_complete(project: Path) -> None:
+    add_grid(project, "none", "1e-3,")
+    path = project / "my_research" / "grids" / "none.py"
+    path.write_text(path.read_text().replace("60", "0"))
+    assert finish(start(project, "none"), 0).count(" COM ") == 1
 
 
 def test_without_slurm_dora_names_the_other_way(project: Path) -> None:

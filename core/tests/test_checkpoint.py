@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import BaseSolver, checkpoint, distrib
 from ..checkpoint import CheckpointError, Policy
+from ..utils import UserError
 from .processes import on_ranks
 
 
@@ -185,7 +186,7 @@ def test_a_best_metric_that_nobody_logs_is_said(
 
 @pytest.mark.parametrize("wrong", [{"last": 0}, {"every": -1}, {"mode": "low"}])
 def test_a_wrong_policy_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="mode min or max"):
+    with pytest.raises(UserError, match="mode min or max; not last="):
         Policy(**wrong)
 
 

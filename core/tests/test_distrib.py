@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from .. import distrib, loader, process_group
-from ..utils import averager
+from ..utils import UserError, averager
 from .processes import on_ranks
 
 
@@ -48,8 +49,10 @@ def test_missing_cuda_is_said() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is CUDA here")
     assert distrib.device("auto").type in ("cpu", "mps")
-    with pytest.raises(RuntimeError, match="CUDA is not available"):
+    with pytest.raises(UserError, match="CUDA is not available"):
         distrib.device("cuda")
+    with pytest.raises(UserError, match="device=gpu: there are auto"):
+        distrib.device("gpu")
 
 
 def test_nccl_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +160,27 @@ def test_workers_without_a_meeting_point(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="rank 1 of 2 does not know where to meet"):
         distrib.init()
+
+
+def test_a_port_that_is_taken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        here = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in here.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"rank 0 of 2 can't meet .*{port}.* the port free"):
+            distrib.init()
+
+
+def test_a_forgotten_init_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"barrier: call distrib\.init\(\) first"):
+        distrib.barrier()
+    with pytest.raises(RuntimeError, match=r"broadcast_tensors .* call distrib\.init"):
+        distrib.broadcast_model(nn.Linear(1, 1))
 
 
 def _disagree(kind: str) -> str:

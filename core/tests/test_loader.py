@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from .. import distrib, loader
+from ..utils import UserError
 
 
 class Numbers(Dataset[int]):
@@ -163,7 +164,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         loader.loader(Stream(), updates_per_epoch=1)
     with pytest.raises(ValueError, match="an end of its own"):
         loader.loader(Stream(), limit=1)
-    with pytest.raises(ValueError, match="limit=-1; give a number"):
+    with pytest.raises(UserError, match="limit=-1; give a number"):
         loader.loader(Numbers(3), limit=-1)
     with pytest.raises(ValueError, match="at least one update"):
         loader.loader(Numbers(3), updates_per_epoch=0)
@@ -171,11 +172,11 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         loader.loader(Numbers(3), sampler=range(3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_sampler, is not shared"):
         loader.loader(Numbers(3), batch_sampler=[[0], [1, 2]])
-    with pytest.raises(ValueError, match=r"Half\.order gave 1 indices for 3 examples"):
+    with pytest.raises(ValueError, match=r"Half\.order gave 1 indices for 3 examples: one each"):
         iter(loader.loader(Numbers(3), sampler=Half).sampler)
     be_rank(monkeypatch, 0, 2)
     assert loader.split_batch(8) == 4
-    with pytest.raises(ValueError, match="multiple"):
+    with pytest.raises(UserError, match="times that"):
         loader.split_batch(7)
 
 

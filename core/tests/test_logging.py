@@ -23,7 +23,7 @@ from PIL import Image
 
 from .. import Formatter, LogProgressBar, ResultLogger, averager, bold, setup_logging
 from ..trackers import LocalFiles, TensorBoard, Tracker, WandB
-from ..utils import make_grid, readonly, write_and_rename
+from ..utils import UserError, make_grid, readonly, write_and_rename
 from ..xp import FolderXP
 
 
@@ -117,6 +117,37 @@ def test_files_hold_no_colours(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert text.count("hello") == 1
     assert "\x1b" not in text + capsys.readouterr().err
     setup_logging(with_file_log=False)
+
+
+def test_a_users_slip_is_one_line_and_a_mistake_in_code_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    shown = {}
+    for kind in (UserError, ValueError):
+        setup_logging(folder=tmp_path, log_name=kind.__name__)
+        try:
+            raise kind("no such lr")
+        except kind as error:
+            sys.excepthook(kind, error, error.__traceback__)
+        shown[kind] = capsys.readouterr().err
+        assert 'raise kind("no such lr")' in (tmp_path / kind.__name__).read_text()
+    setup_logging(with_file_log=False)
+    assert len(shown[UserError].splitlines()) == 1
+    assert shown[UserError].endswith("[CRITICAL] - no such lr\n")
+    assert 'raise kind("no such lr")' in shown[ValueError]
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    results = ResultLogger(logging.getLogger("test"), xp=FolderXP(tmp_path))
+    results.init_tensorboard()
+    for epoch in (1, 2):
+        results.log_metrics("train", {"loss": 1.0}, epoch)
+    [line] = [line for line in said if "failed" in line]
+    assert line.startswith("TensorBoard failed; the run goes on. Said only once: import of torch")
 
 
 def in_a_terminal(code: str, folder: Path) -> str:

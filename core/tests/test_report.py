@@ -86,7 +86,9 @@ def test_no_two_of_many_runs_look_alike() -> None:
     assert len({report.style(index) for index in range(42)}) == 42
 
 
-def test_what_is_wrong_is_said_in_a_line(runs: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_said_in_a_line(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: str) -> str:
         with pytest.raises(SystemExit) as error:
             report.main(args)
@@ -99,6 +101,11 @@ def test_what_is_wrong_is_said_in_a_line(runs: Path, tmp_path: Path) -> None:
     (runs / "xps" / "aaaa1111" / "history.json").write_text("[{")
     assert "aaaa1111/history.json can't be read" in refuse("--dir", str(runs))
     assert not (runs / "report.html").exists()
+    assert "nowhere" in refuse(
+        "--dir", str(runs), "--out", str(tmp_path / "nowhere" / "x"), "bbbb2222"
+    )
+    monkeypatch.setattr(report, "__package__", "core")
+    assert "this core is in no project" in refuse()
 
 
 def test_a_run_without_checkpoint_is_shown(runs: Path) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import BaseSolver, averager, checkpoint
 from ..state import EMA, Best, seed_everything
+from ..utils import UserError
 from ..xp import FolderXP
 
 CORE = Path(__file__).parent.parent
@@ -172,7 +173,7 @@ def test_another_config_is_refused(
     changed = {"optim": {"lr": 0.2, "betas": [0.9, 0.99]}, "new": 3}
     solver = guarded(tmp_path, **changed)
     before = solver.state_dict()["model"]["0.weight"].clone()
-    with pytest.raises(ValueError, match=r"new: absent -> 3; optim\.lr: 0\.1 -> 0\.2\. .*=1"):
+    with pytest.raises(UserError, match=r"new: absent -> 3; optim\.lr: 0\.1 -> 0\.2\. .*=1"):
         solver.restore()
     assert torch.equal(solver.state_dict()["model"]["0.weight"], before)
     assert guarded(tmp_path, **changed).restore(read_only=True)
@@ -212,9 +213,9 @@ def test_a_run_continues_from_another(tmp_path: Path, caplog: pytest.LogCaptureF
             assert not new.optim.state_dict()["state"]
     new.continue_from("old", ["model", "optim"])
     assert new.optim.state_dict()["state"]
-    with pytest.raises(FileNotFoundError, match=r"from nothing: no nothing nor .*nothing"):
+    with pytest.raises(UserError, match=r"from nothing: there is no nothing nor .*nothing"):
         new.continue_from("nothing")
-    with pytest.raises(ValueError, match="it has no ema optim"):
+    with pytest.raises(UserError, match=r"no ema optim in it, which has latest \(.*model"):
         new.continue_from("old", ["optim"], version="ema")
     wider = Kept(tmp_path / "xps" / "wider", width=9)
     with pytest.raises(
@@ -223,6 +224,19 @@ def test_a_run_continues_from_another(tmp_path: Path, caplog: pytest.LogCaptureF
         wider.continue_from("old")
     wider.continue_from("old", strict=False)
     assert "Skipped" in caplog.text
+
+
+def test_a_run_that_was_not_restored_is_not_overwritten(tmp_path: Path) -> None:
+    Solver(tmp_path, epochs=3).run()
+    forgetful = Solver(tmp_path)
+    forgetful.run_stage("train", forgetful.train)
+    forgetful.commit()
+    with pytest.raises(UserError, match=r"epoch 1 could not .* it is of epoch 3, .* call restore"):
+        forgetful.wait()
+    solver = Solver(tmp_path)
+    assert solver.restore()
+    assert solver.epoch == 4
+    assert len(json.loads((tmp_path / "history.json").read_text())) == 3
 
 
 def test_lost_epochs_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -235,9 +249,9 @@ def test_lost_epochs_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_unknown_tracker_and_missing_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'tensorbord'"):
+    with pytest.raises(UserError, match="'tensorbord'"):
         Solver(tmp_path).init_trackers(["tensorbord"])
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="BaseSolver has no run"):
         BaseSolver(tmp_path).run()
     with pytest.raises(RuntimeError, match="dora run"):
         BaseSolver()

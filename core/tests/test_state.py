@@ -27,6 +27,7 @@ from ..state import (
     plain,
     summary,
 )
+from ..utils import UserError
 
 
 class Owner:
@@ -86,6 +87,8 @@ def test_mistakes_are_named() -> None:
     states = manager(owner, "count")
     with pytest.raises(ValueError, match="'count' is registered"):
         states.register("count", AttributeWrapper(owner, "count"))
+    with pytest.raises(ValueError, match="'gone' is no registered state; model, "):
+        states.subset(["model", "gone"])
     with pytest.raises(TypeError, match="'nothing' is None"):
         AttributeWrapper(owner, "nothing").load_state_dict({"a": 1})
 
@@ -188,7 +191,7 @@ def test_averages_of_weights() -> None:
     ema.reset()
     assert ema.states["model"]["weight"].item() == 4
     assert ema.states["model"]["weight"].data_ptr() == address
-    with pytest.raises(ValueError, match="below 1"):
+    with pytest.raises(UserError, match="below 1"):
         EMA({}, decay=1)
 
 

@@ -55,6 +55,20 @@ def run(project: Path, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def test_a_record_that_is_missing_or_in_the_wrong_place_is_said(
+    project: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(update.UpdateError, match=r"no \.template\.json: that version is older"):
+        update.Record.read(tmp_path)
+    template = tmp_path / "plain"
+    (tmp_path / "template").rename(template)
+    (template / ".git").rename(tmp_path / "git")
+    commit(project)
+    code, said = run(project, "--template", str(template), "--to", "v1")
+    assert code == 1
+    assert "plain is no git repo and holds one version: leave out --to" in said
+
+
 def test_edits_are_merged(project: Path) -> None:
     (project / "a.txt").write_text("one\n2\n3\n4\n5\n")
     (project / "b.txt").write_text("1\n2\n3\n4\nmine\n")

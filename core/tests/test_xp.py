@@ -151,7 +151,7 @@ def test_a_run_has_a_folder_by_its_overrides(toy: Path, tmp_path: Path) -> None:
         ("optim.zzzzzz=1", r"zzzzzz.*keys are .*optim.name"),
         ("lr=abc", "lr=abc.*Float"),
         ("epochs=2.5", "epochs=2.5.*Integer"),
-        ("optim=sgd", "optim=sgd"),
+        ("optim=sgd", "optim=sgd.*its keys are optim.name, optim.momentum"),
         ("lr=[", r"lr=\[.*no viable"),
     ],
 )
@@ -182,6 +182,35 @@ def test_a_wrong_config_file_is_one_line(toy: Path) -> None:
         file.write("lrr: 3\n")
     error = python(toy, "-m", "toy.train", code=1).stderr
     assert re.search(r"Config error in config\.yaml: .*lrr", error.splitlines()[-1]), error
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("lr: ${nope}", "Config error: Interpolation key 'nope' not found: in lr"),
+        ("lr: [1", "Config error in config.yaml: while parsing .*: line 4: expected"),
+        ("lr: ???", "Config error: Missing mandatory value: lr"),
+    ],
+)
+def test_a_wrong_line_in_the_config_is_named(toy: Path, line: str, said: str) -> None:
+    path = toy / "toy" / "config" / "config.yaml"
+    path.write_text(path.read_text().replace("lr: 0.1", line))
+    error = python(toy, "-m", "toy.train", code=1).stderr.strip()
+    assert re.fullmatch(f"{said}.*", error), error
+
+
+def test_a_folder_that_cant_be_written_is_one_line(toy: Path) -> None:
+    for command in (["toy.train"], ["dora", "-P", "toy", "run"]):
+        error = python(toy, "-m", *command, code=1, TOY_DIR="/dev/null").stderr.strip()
+        assert re.fullmatch("Runs can't be written: .*/dev/null/.*another dora.dir", error), error
+
+
+def test_an_unknown_signature_is_named_with_the_nearest(toy: Path) -> None:
+    python(toy, "-m", "toy.train", "lr=3")
+    [run] = runs(toy)
+    ask = f"from toy.train import main; main.get_xp_from_sig({run.name[:-1] + '_'!r})"
+    error = python(toy, "-c", ask, code=1).stderr
+    assert f"did you mean {run.name}?" in error.splitlines()[-1]
 
 
 def test_help_and_config_belong_to_no_run(toy: Path) -> None:

@@ -63,7 +63,7 @@ def check_audio(audio: Any) -> torch.Tensor:
     """Return audio as a float tensor `[C, T]` on the CPU; ValueError if it is none."""
     tensor = torch.as_tensor(audio).detach().cpu()
     if tensor.ndim != 2 or not tensor.is_floating_point():
-        raise ValueError(f"audio must be a float tensor [C, T], not {_describe(tensor)}")
+        raise ValueError(f"log_audio: audio must be a float tensor [C, T], not {_describe(tensor)}")
     return tensor.float()
 
 
@@ -75,7 +75,8 @@ def check_image(image: Any) -> torch.Tensor:
     tensor = torch.as_tensor(image).detach().cpu()
     if tensor.ndim != 3 or len(tensor) not in (1, 3, 4):
         raise ValueError(
-            f"an image must be a tensor [C, H, W] with 1, 3 or 4 channels, not {_describe(tensor)}"
+            "log_image: an image must be a tensor [C, H, W] with 1, 3 or 4 channels, not "
+            f"{_describe(tensor)}"
         )
     return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
 
