@@ -25,7 +25,7 @@ COMBINATIONS = [f"{e}-{t}" for e, t in product(QUESTIONS["example"], QUESTIONS["
 SHORT = {
     "digits": ["epochs=8"],
     "basic": ["epochs=100"],
-    "text": ["epochs=4", "data.updates_per_epoch=5"],
+    "text": ["epochs=6", "data.updates_per_epoch=5", "data.limit=2", "sample.length=9"],
     "adversarial": ["epochs=30"],
 }
 FILES = {"tensorboard": {"tensorboard"}, "wandb": {"wandb"}, "both": {"tensorboard", "wandb"}}
