@@ -4,6 +4,7 @@ import torch
 
 from .core import distrib, setup_logging
 from .core.state import seed_everything
+from .core.utils import UserError
 from .core.xp import hydra_main
 from .schema import Config
 from .solver import Solver
@@ -25,7 +26,7 @@ def load_solver(sig: str, device: str = "cpu") -> Solver:
     xp.cfg.device = device
     solver = Solver(xp.cfg, xp)
     if not solver.restore(read_only=True):
-        raise FileNotFoundError(f"run {sig} has no checkpoint yet: {solver.checkpoint_path}")
+        raise UserError(f"run {sig} has no checkpoint yet: {solver.checkpoint_path}")
     return solver
 
 

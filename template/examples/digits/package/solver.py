@@ -14,7 +14,7 @@ from .core import BaseSolver, Formatter, distrib
 from .core.checkpoint import Policy
 from .core.loader import loader, split_batch
 from .core.state import EMA, Best
-from .core.utils import make_grid
+from .core.utils import UserError, make_grid
 from .core.xp import XP
 from .data import CLASSES, Images, load
 from .model import ConvNet
@@ -145,7 +145,7 @@ class Solver(BaseSolver):
     def check_finite(self, average: Mapping[str, float]) -> None:
         """Stop before a commit if a loss was infinite or no number; asked once a stage."""
         if steps := average.get("loss.nonfinite"):
-            raise FloatingPointError(
+            raise UserError(
                 f"{self.current_stage}, epoch {self.epoch}: on rank {distrib.rank()}, the loss of "
                 f"{steps:.0f} steps is infinite or no number; the last commit is safe. Try a lower "
                 "optim.lr, or optim.clip"
