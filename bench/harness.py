@@ -162,6 +162,9 @@ def interleave(
     for number in range(-warmup, rounds):
         turns = [n for n in ways if n not in failed and (n not in seldom or number % 4 == 0)]
         random.Random(number).shuffle(turns)
+        if number == 0:
+            gc.collect()
+            gc.freeze()  # what all have imported need not be looked through in each turn
         for name in turns:
             gc.collect()
             try:
