@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -231,7 +232,8 @@ def render(folder: Path) -> Path:
     """A rendered project, of the default answers."""
     template = str(copy_of_the_repo(folder))
     command = [sys.executable, "-m", "cookiecutter", template, "--no-input", "-o", str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
+    env = {**os.environ, "TMPDIR": str(folder)}  # cookiecutter leaves something there
+    subprocess.run(command, check=True, capture_output=True, env=env)
     return folder / "my-research"
 
 

@@ -12,7 +12,8 @@ import torch
 
 from . import harness, loops
 from .harness import OURS, Section, compare, interleave
-from .loops import BATCH, LINE, WARM, WAYS, Task
+from .loops import WAYS
+from .task import BATCH, LINE, WARM, Task
 
 TARGETS = {2: 5.0, 20: 25.0}  # microseconds, on a CPU
 
