@@ -21,11 +21,12 @@ def train(way: str) -> None:
     import torch
 
     from . import loops
+    from .task import Task
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         loops.quiet(Path(folder))
-        loops.WAYS[way](loops.Task())
+        loops.WAYS[way](Task())
     status = Path("/proc/self/status").read_text()
     [peak] = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
     print(f"\npeak {int(peak) * 1024}")

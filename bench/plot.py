@@ -76,6 +76,7 @@ def panel(section: Section) -> str:
         kind = "ours" if row.way.startswith(OURS) else "bar"
         mark = " class='ours'" if kind == "ours" else ""
         name = row.way.replace("`", "").replace("eager_sync_model", "eager").replace("_model", "")
+        name = name.replace(f"{OURS}, ", "template, ")
         parts.append(f'<text{mark} x="{LEFT - 6}" y="{y + 10}" text-anchor="end">{name}</text>')
         parts.append(
             f'<rect class="{kind}" x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR}" rx="2"/>'

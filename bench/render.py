@@ -36,8 +36,9 @@ def rendering(template: Path, folder: Path) -> Callable[[], float]:
     def run() -> float:
         out = folder / "out"
         command = [sys.executable, "-m", "cookiecutter", str(template), "--no-input"]
+        env = {**os.environ, "TMPDIR": str(folder)}  # cookiecutter leaves something there
         before = os.times()
-        subprocess.run([*command, "-o", str(out)], check=True, capture_output=True)
+        subprocess.run([*command, "-o", str(out)], check=True, capture_output=True, env=env)
         after = os.times()
         shutil.rmtree(out)
         user = after.children_user - before.children_user

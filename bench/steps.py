@@ -12,7 +12,8 @@ import torch
 
 from . import harness, loops
 from .harness import OURS, Section, compare, interleave
-from .loops import BATCH, LINE, WAYS, Task
+from .loops import WAYS
+from .task import BATCH, LINE, WARM, Task
 
 TARGETS = {2: 5.0, 20: 25.0}  # microseconds, on a CPU
 
@@ -36,7 +37,7 @@ def section(title: str, task: Callable[[], Task], rounds: int, target: float | N
     kind = "wall" if task().device.type == "cuda" else "CPU"
     about = (
         f"A tiny MLP on batches of {BATCH} that are at hand; the metrics are averaged over the "
-        f"epoch, and shown every {LINE} steps. {kind.capitalize()} time, mean over "
+        f"epoch, and shown every {LINE} steps. Mean {kind} time over "
         f"{LINE} steps, {rounds} rounds (a fourth for Lightning)."
     )
     targets = {OURS: target} if target is not None else {}
@@ -48,7 +49,7 @@ def section(title: str, task: Callable[[], Task], rounds: int, target: float | N
 def syncs(task: Callable[[], Task]) -> dict[str, float]:
     """How often a step between two lines waits for the GPU, in each way."""
     found = {}
-    first, last = LINE + 50, 2 * LINE - 50
+    first, last = WARM + LINE + 25, 2 * LINE - 25
     for name, way in WAYS.items():
         fresh = task()
         fresh.data.at = {
@@ -61,6 +62,8 @@ def syncs(task: Callable[[], Task]) -> dict[str, float]:
                 way(fresh)
             except Exception:
                 continue  # is said where it is timed
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         waits = [w for w in caught if "synchronizing CUDA" in str(w.message)]
         found[name] = len(waits) / (last - first)
     return found
@@ -92,13 +95,13 @@ def measure(quick: bool = False) -> Iterator[Section]:
         loops.quiet(Path(folder))
         for metrics, target in TARGETS.items():
             title = f"Step overhead, {metrics} metrics"
-            rounds = 1 if quick else 48 if metrics == 2 else 28
+            rounds = 1 if quick else 36 if metrics == 2 else 16
             task = functools.partial(Task, metrics)
             found = section(title, task, rounds, target)
             found.plot = title
             yield found
         if torch.cuda.is_available():
-            yield from on_cuda(1 if quick else 24)
+            yield from on_cuda(1 if quick else 16)
 
 
 if __name__ == "__main__":
