@@ -30,7 +30,7 @@ class Jittered(torch.utils.data.Dataset):  # type: ignore
     """Adds noise from every generator there is."""
 
     def __init__(self, data):  # type: ignore
-        self.data = data
+        self.data, self.shape = data, data.shape
 
     def __len__(self):  # type: ignore
         return len(self.data)

@@ -83,7 +83,7 @@ class Home:
         blocks = re.findall(r"```bash\n(.*?)```", self.readme, re.DOTALL)
         lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
         rows = re.findall(r"^\| (`.*?) \|", self.readme, re.MULTILINE)
-        table = [command for row in rows for command in re.findall(r"`(.*?)`", row)]
+        table = [command for row in rows for command in re.findall(r"`([^-].*?)`", row)]
         return list(dict.fromkeys(lines + table))
 
     def workflow(self) -> Any:

@@ -74,7 +74,7 @@ def change(repo: Path) -> None:
     tool = repo / "template" / "tool.sh"
     tool.write_text("#!/bin/sh\necho {{ cookiecutter.colour }}\n")
     tool.chmod(0o755)
-    (repo / "template" / ".github" / "workflows" / "ci.yml").unlink()
+    shutil.rmtree(repo / "template" / ".github")
     questions = json.loads((repo / "cookiecutter.json").read_text())
     (repo / "cookiecutter.json").write_text(json.dumps({"colour": "blue"} | questions))
 
