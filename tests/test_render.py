@@ -1,6 +1,7 @@
 """What is rendered: which files, from where, and what git makes of it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -122,6 +123,19 @@ def test_trackers_differ_in_no_code(example: str, render: Render, tmp_path: Path
         "my_research/config/config.yaml",
         "pyproject.toml",
     }
+
+
+@pytest.mark.parametrize("python", ["python3.12", "python3.13", "python3.14"])
+def test_newer_pythons_read_it_without_a_warning(
+    python: str, render: Render, tmp_path: Path
+) -> None:
+    folders = [*map(str, Path.home().glob(".pyenv/versions/*/bin")), os.environ["PATH"]]
+    found = shutil.which(python, path=os.pathsep.join(folders))
+    if not found or subprocess.run([found, "-c", ""]).returncode:
+        pytest.skip(f"no {python} here")
+    render()
+    command = [found, "-W", "error", "-m", "compileall", "-q", tmp_path / "out"]
+    assert subprocess.run(command).returncode == 0
 
 
 def test_from_a_git_url(render: Render, template: Path, tmp_path: Path) -> None:
