@@ -134,7 +134,7 @@ def test_newer_pythons_read_it_without_a_warning(
     if not found or subprocess.run([found, "-c", ""]).returncode:
         pytest.skip(f"no {python} here")
     render()
-    command = [found, "-W", "error", "-m", "compileall", "-q", tmp_path / "out"]
+    command = [found, "-W", "error", "-m", "compileall", "-q", str(tmp_path / "out")]
     assert subprocess.run(command).returncode == 0
 
 
