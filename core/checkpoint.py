@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -206,6 +207,7 @@ class Writer:
             done.record()
 
         def work() -> None:
+            time.sleep(0.005)  # else Python lets this thread run first, and the training waits
             if done is not None:
                 done.synchronize()
             write(copied)
