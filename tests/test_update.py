@@ -130,7 +130,8 @@ def record(project: Path) -> dict[str, Any]:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """All that is in a folder, git's own files included."""
-    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in found if path.parent.name != "__pycache__"}
 
 
 def files(folder: Path) -> dict[str, bytes]:
