@@ -273,8 +273,9 @@ class StateManager:
         if problems:
             if strict:
                 raise UserError(
-                    "the checkpoint is of other state than this code's: build it as it was, or "
-                    f"load what fits, with strict=False. What differs: {'; '.join(problems)}"
+                    f"the checkpoint does not fit this code: {'; '.join(problems)}. Go back to the "
+                    "code that it was made with; or start anew (`dora run --clear`, or another "
+                    "value in the config); or load what fits, by restore(strict=False)"
                 )
             logger.warning("Skipped, for it differs in the checkpoint: %s", "; ".join(problems))
         for name, value in usable.items():

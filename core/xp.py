@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 History = list[dict[str, Any]]
 
+NEW_KEY = "a new one has its type in schema.py and its value in config.yaml"
+
 
 class Link(Protocol):
     """How a run tells the world its history."""
@@ -191,14 +193,15 @@ def hydra_main(
 
     def decorate(main: Callable[[Any], None]) -> Any:
         try:
-            return _main_class()(main, config_name, config_path, version_base=version_base)
+            kind = _main_class(typed=schema is not None)
+            return kind(main, config_name, config_path, version_base=version_base)
         except Exception as error:
             raise SystemExit(f"Config error in {config_name}.yaml: {_one_line(error)}") from error
 
     return decorate
 
 
-def _main_class() -> Any:
+def _main_class(typed: bool) -> Any:
     """Dora's entry point, with what `hydra_main` promises beyond it."""
     from dora.hydra import HydraMain
     from omegaconf import OmegaConf
@@ -207,11 +210,16 @@ def _main_class() -> Any:
 
     class Main(HydraMain):
         def get_xp(self, argv: Iterable[str]) -> Any:
+            keys = flatten(cast(Any, OmegaConf.to_container(self._base_cfg)))
+            known = [*keys, *self._config_groups]
+            added = [
+                a for a in argv if a.startswith("+") and a.strip("+").split("=")[0] not in known
+            ]
+            if typed and added:
+                raise SystemExit(f"Config error: {added[0]}: no such key, {NEW_KEY}")
             try:
                 return super().get_xp(list(argv))
             except Exception as error:
-                keys = flatten(cast(Any, OmegaConf.to_container(self._base_cfg)))
-                known = [*keys, *self._config_groups]
                 raise SystemExit(f"Config error: {_one_line(error, known)}") from None
 
         def get_argv_from_sig(self, sig: str) -> Any:
@@ -282,6 +290,7 @@ def _run(main: Callable[[Any], Any]) -> Any:
         logger.warning("The same command goes on with the next step.")
         raise SystemExit(130) from None
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other processes were told as well
         logger.warning("Interrupted. The same command goes on from the last commit.")
         raise SystemExit(130) from None
 
@@ -459,4 +468,7 @@ def _one_line(error: BaseException, known: Sequence[str] = ()) -> str:
     elif key and known and key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         lines.append(f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}")
+    half_new = "Missing mandatory value" if known else "not in '"  # only in schema, or in config
+    if any(half_new in line for line in lines):
+        lines.append(NEW_KEY)
     return ": ".join(dict.fromkeys(lines))

@@ -153,6 +153,7 @@ def test_a_run_has_a_folder_by_its_overrides(toy: Path, tmp_path: Path) -> None:
         ("epochs=2.5", "epochs=2.5.*Integer"),
         ("optim=sgd", "optim=sgd.*its keys are optim.name, optim.momentum"),
         ("lr=[", r"lr=\[.*no viable"),
+        ("+optim.lrr=5", r"\+optim.lrr=5: no such key, a new one has its type in schema.py"),
     ],
 )
 def test_a_wrong_override_is_one_line(toy: Path, override: str, said: str) -> None:
@@ -181,7 +182,9 @@ def test_a_wrong_config_file_is_one_line(toy: Path) -> None:
     with (toy / "toy" / "config" / "config.yaml").open("a") as file:
         file.write("lrr: 3\n")
     error = python(toy, "-m", "toy.train", code=1).stderr
-    assert re.search(r"Config error in config\.yaml: .*lrr", error.splitlines()[-1]), error
+    assert re.search(
+        r"Config error in config\.yaml: .*lrr.* its type in schema.py", error.splitlines()[-1]
+    ), error
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,10 @@ def test_a_wrong_config_file_is_one_line(toy: Path) -> None:
     [
         ("lr: ${nope}", "Config error: Interpolation key 'nope' not found: in lr"),
         ("lr: [1", "Config error in config.yaml: while parsing .*: line 4: expected"),
-        ("lr: ???", "Config error: Missing mandatory value: lr"),
+        (
+            "lr: ???",
+            "Config error: Missing mandatory value: lr: a new one .* its value in config.yaml",
+        ),
     ],
 )
 def test_a_wrong_line_in_the_config_is_named(toy: Path, line: str, said: str) -> None:

@@ -95,10 +95,10 @@ class Solver(BaseSolver):
             self.log_hardest()
         return metrics
 
-    def loop(self, loader: DataLoader[Any]) -> dict[str, float]:
+    def loop(self, data: DataLoader[Any]) -> dict[str, float]:
         """Go once through the data; return the metrics over all examples of all processes."""
         average = self.averager()
-        batches = self.log_progress(self.current_stage, loader, updates=self.cfg.log_updates)
+        batches = self.log_progress(self.current_stage, data, updates=self.cfg.log_updates)
         for images, labels in batches:
             step = self.run_step(images.to(self.device), labels.to(self.device))
             batches.update(average(step, weight=len(labels)))
@@ -112,13 +112,14 @@ class Solver(BaseSolver):
         if not self.model.training:
             return self.forward(images, labels)
         metrics: dict[str, Any] = {}
-        parts = self.cfg.optim.accumulate
-        *early, last = zip(images.chunk(parts), labels.chunk(parts), strict=True)
-        for part in (*early, last):
-            share = len(part[1]) / len(labels)
-            step = self.forward(*part)
+        count = max(1, self.cfg.optim.accumulate)
+        parts = list(zip(images.chunk(count), labels.chunk(count), strict=True))
+        for number, (some, their_labels) in enumerate(parts, 1):
+            share = len(some) / len(images)
+            step = self.forward(some, their_labels)
             # Gradients of the parts add up; they are averaged over processes once, with the last.
-            with distrib.eager_sync_model(self.model) if part is last else nullcontext():
+            last = number == len(parts)
+            with distrib.eager_sync_model(self.model) if last else nullcontext():
                 (step["loss"] * share).backward()
             for name, value in step.items():
                 metrics[name] = metrics.get(name, 0) + value.detach() * share
@@ -143,11 +144,11 @@ class Solver(BaseSolver):
         return {"grad_norm": grad_norm, "lr": lr}
 
     def check_finite(self, average: Mapping[str, float]) -> None:
-        """Stop before a commit if a loss was infinite or no number; asked once a stage."""
+        """Stop before a commit if a loss was NaN or infinite; asked once a stage."""
         if steps := average.get("loss.nonfinite"):
             raise UserError(
                 f"{self.current_stage}, epoch {self.epoch}: on rank {distrib.rank()}, the loss of "
-                f"{steps:.0f} steps is infinite or no number; the last commit is safe. Try a lower "
+                f"{steps:.0f} steps is NaN or infinite; the last commit is safe. Try a lower "
                 "optim.lr, or optim.clip"
             )
 

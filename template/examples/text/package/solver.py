@@ -87,10 +87,10 @@ class Solver(BaseSolver):
         self.log_text("valid", "sample", self.write())
         return metrics
 
-    def loop(self, loader: DataLoader[Any]) -> dict[str, float]:
+    def loop(self, data: DataLoader[Any]) -> dict[str, float]:
         """Go once through the data; return the metrics over all characters of all processes."""
         average = self.averager()
-        batches = self.log_progress(self.current_stage, loader, updates=self.cfg.log_updates)
+        batches = self.log_progress(self.current_stage, data, updates=self.cfg.log_updates)
         for stretches in batches:
             step = self.run_step(stretches.to(self.device))
             batches.update(average(step, weight=len(stretches)))
