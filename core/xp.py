@@ -24,7 +24,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 from .utils import UserError, flatten, write_and_rename
 
@@ -211,14 +211,11 @@ def _main_class(typed: bool) -> Any:
     class Main(HydraMain):
         def get_xp(self, argv: Iterable[str]) -> Any:
             keys = flatten(cast(Any, OmegaConf.to_container(self._base_cfg)))
-            known = [*keys, *self._config_groups]
-            added = [
-                a for a in argv if a.startswith("+") and a.strip("+").split("=")[0] not in known
-            ]
-            if typed and added:
-                raise SystemExit(f"Config error: {added[0]}: no such key, {NEW_KEY}")
+            known, argv = [*keys, *self._config_groups], list(argv)
+            if typed:
+                _refuse_new_keys(argv, known)
             try:
-                return super().get_xp(list(argv))
+                return super().get_xp(argv)
             except Exception as error:
                 raise SystemExit(f"Config error: {_one_line(error, known)}") from None
 
@@ -226,10 +223,7 @@ def _main_class(typed: bool) -> Any:
             try:
                 return super().get_argv_from_sig(sig)
             except RuntimeError:
-                folder = self.dora.dir / self.dora.xps
-                near = difflib.get_close_matches(sig, [p.name for p in folder.glob("*")], n=1)
-                hint = f"did you mean {near[0]}?" if near else "the report lists the runs"
-                raise UserError(f"no run {sig} in {folder}: {hint}") from None
+                _refuse_signature(sig, self.dora.dir / self.dora.xps)
 
         def init_xp(self, xp: Any) -> Any:
             with _writing_runs():
@@ -264,6 +258,19 @@ def _main_class(typed: bool) -> Any:
             return _run(self.main)
 
     return Main
+
+
+def _refuse_new_keys(argv: Iterable[str], known: Sequence[str]) -> None:
+    """Let no `+key=value` go past the types of the config."""
+    for override in argv:
+        if override.startswith("+") and override.strip("+").partition("=")[0] not in known:
+            raise SystemExit(f"Config error: {override}: no such key, {NEW_KEY}")
+
+
+def _refuse_signature(sig: str, folder: Path) -> NoReturn:
+    near = difflib.get_close_matches(sig, [path.name for path in folder.glob("*")], n=1)
+    hint = f"did you mean {near[0]}?" if near else "the report lists the runs"
+    raise UserError(f"no run {sig} in {folder}: {hint}") from None
 
 
 def _other_choices(main: Any, delta: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
