@@ -170,7 +170,7 @@ def interleave(
             gc.collect()
             try:
                 taken = ways[name]()
-            except Exception as error:  # a peer that can't run is said, and the others go on
+            except Exception as error:  # a peer that can't run is said, and the others continue
                 failed[name] = f"cannot run: {type(error).__name__}: {error}".splitlines()[0]
                 continue
             if number >= 0:

@@ -48,7 +48,7 @@ def _target(way: str, folder: Path, epochs: int, kill_at: int, told: Path) -> No
 
 
 def train(way: str, folder: Path, epochs: int, kill_at: int = 0) -> End:
-    """Train, or go on training, in a process of its own."""
+    """Train, or resume training, in a process of its own."""
     told = folder.with_suffix(".end")
     told.unlink(missing_ok=True)
     process = multiprocessing.get_context("fork").Process(
@@ -77,7 +77,7 @@ def verdict(end: End, wanted: str) -> str:
     """Does a run end as it should have?"""
     if end.code:
         return f"fails: {end.error[:70]}".replace("|", "/")
-    return "exact" if end.digest == wanted else "goes on, with other weights"
+    return "exact" if end.digest == wanted else "resumes, with other weights"
 
 
 def examine(way: str, folder: Path) -> list[str]:

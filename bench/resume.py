@@ -1,4 +1,4 @@
-"""One training that can go on, written in each way: what `bench.reliability` runs."""
+"""One training that can resume, written in each way: what `bench.reliability` runs."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Policy:
         every: keep each whose epoch is a multiple of this; 0 for none.
         best: keep that with the best value of this metric, such as `valid.loss`; empty for none.
         mode: whether the best is the `min` or the `max`.
-        background: write while the training goes on; costs host memory for one more state.
+        background: write while the training continues; costs host memory for one more state.
     """
 
     last: int = 2
@@ -121,7 +121,7 @@ def _write(state: StateDict, path: Path, epoch: int, what: str, keep: bool = Fal
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{what} could not be saved to {path}: {error.__context__ or error}; "
-            "the checkpoint before it is intact: once that is mended, the same command goes on"
+            "the checkpoint before it is intact: mend that, and the same command resumes"
         ) from error
 
 
@@ -168,7 +168,10 @@ def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy) -> Non
     if policy.best:
         best = policy.best_epoch([e for e in (*files, latest) if 0 < e <= latest], history)
         if best is None:
-            logger.warning("The best checkpoint is not kept: no epoch has %s", policy.best)
+            known = ", ".join(f"{s}.{n}" for s, m in (history or [{}])[-1].items() for n in m)
+            logger.warning(
+                "The best checkpoint is not kept: no epoch has %s; there are %s", policy.best, known
+            )
         wanted.add(best)
     for epoch, file in files.items():
         if epoch not in wanted:
@@ -237,7 +240,7 @@ def load(path: Path, read_only: bool = False) -> StateDict | None:
 
     If the run was stopped within the epoch after it, by the same number of ranks, read that rather.
     Tensors come to the CPU. Nothing in a file is executed. A damaged file is set aside under
-    another name, never deleted, as soon as there is one to go on from instead.
+    another name, never deleted, as soon as there is one to resume from instead.
 
     Args:
         path: of the latest.
@@ -305,9 +308,10 @@ def _within(path: Path, latest: Path | None) -> tuple[Path, StateDict] | None:
         return None
     if about["ranks"] != distrib.world_size():
         logger.warning(
-            "Going on from the last commit: within the epoch, %d processes can't take over from %d",
-            distrib.world_size(),
+            "Resuming after the last commit: %d processes saved the steps since, and %d can't "
+            "resume within an epoch of theirs",
             about["ranks"],
+            distrib.world_size(),
         )
         return None
     return file, state

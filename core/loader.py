@@ -46,8 +46,8 @@ def split_batch(batch_size: int) -> int:
     share, rest = divmod(batch_size, distrib.world_size())
     if rest or not share:
         raise UserError(
-            f"a batch of {batch_size} can't be shared by {distrib.world_size()} processes: "
-            "let the batch size be their number, or two, three, … times that"
+            f"batch size {batch_size}: it must be a positive multiple of the number of processes, "
+            f"which is {distrib.world_size()}"
         )
     return share
 
@@ -78,7 +78,7 @@ def loader(
         klass: `torch.utils.data.DataLoader` or one that takes the same arguments.
         seed: of the order, and of the random numbers drawn in workers.
         updates_per_epoch: number of batches in an epoch, rather than once all data. The next epoch
-            goes on behind the last example of this one, in an endless row of shuffled datasets.
+            starts after the last example of this one, in an endless row of shuffled datasets.
         sampler: a subclass of `EpochSampler` with another `order`.
         limit: use only so many batches, the first of the dataset, to find mistakes with; 0 for all.
         worker_init_fn: called in each worker after it is seeded.
@@ -128,7 +128,7 @@ def _check(
 class EpochSampler(Sampler[int]):
     """This rank's indices, in an order that is a function of the seed and the epoch.
 
-    Iterated again within an epoch, it goes on to another order.
+    Iterated again within an epoch, it gives another order.
 
     Args:
         dataset: anything with a length.
@@ -156,7 +156,7 @@ class EpochSampler(Sampler[int]):
         return number + 1 if epoch == _epoch else 0
 
     def seek(self, passes: int, skip: int) -> None:
-        """Let the next pass be that behind so many, without its first so many examples."""
+        """Let the next pass be the one after `passes`, without its first `skip` examples."""
         self._last, self._skip = (_epoch, passes - 1), skip
 
     def __len__(self) -> int:
@@ -224,7 +224,7 @@ class _SeedWorker:
     """Seed Python, NumPy and torch in a worker by (seed, epoch, rank, worker).
 
     And before each batch again, by its first example: so what is drawn for a batch does not depend
-    on those before, which a run that goes on within an epoch never loads.
+    on those before, which a run that resumes within an epoch never loads.
     """
 
     def __init__(

@@ -292,7 +292,7 @@ def format_items(metrics: Mapping[str, Any], formatter: Formatter, delimiter: st
 class ResultLogger:
     """Sends results to the log and to all trackers; on ranks above zero, nowhere.
 
-    A tracker that fails is reported once, and the run goes on.
+    A tracker that fails is reported once, and the run continues.
 
     Args:
         logger: where summaries go.
@@ -333,7 +333,7 @@ class ResultLogger:
     ) -> None:
         """Let trackers forget what is about to be repeated; see `Tracker.resume`.
 
-        If nobody calls it, the first value that is logged tells where the run goes on.
+        If nobody calls it, the first value that is logged tells where the run resumes.
         """
         resumed = self._resumed = epoch, done, dict(steps or {})
         self._send(lambda tracker: tracker.resume(*resumed))
@@ -470,7 +470,7 @@ class ResultLogger:
                 if tracker not in self._failed:
                     self._failed.add(tracker)
                     self._logger.error(
-                        "%s failed; the run goes on. Said only once: %s",
+                        "%s failed; the run continues. Said only once: %s",
                         type(tracker).__name__,
                         error,
                         exc_info=not isinstance(error, ImportError),  # which says it all

@@ -1,4 +1,4 @@
-"""Where in an epoch a run is, so that one that stops there can go on with the very next step."""
+"""Where in an epoch a run is, so that one that stops there resumes with the very next step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .xp import Preempted
 
 T = TypeVar("T")
 
-_LAST = 2**62  # behind all steps of a loop
+_LAST = 2**62  # after all steps of a loop
 
 
 @dataclass
@@ -23,7 +23,7 @@ class _Stage:
     """The stage that is running."""
 
     begun: float
-    generators: StateDict  # at its begin
+    generators: StateDict  # at its start
     loop: int = -1  # number of the loop that is running, or ended last
     step: int = 0  # of that loop, done
     loop_generators: StateDict = field(default_factory=dict)  # at the loop's begin
@@ -35,8 +35,8 @@ class _Stage:
 class Midway:
     """The stages of the epoch that are done, and the position in the one that is running.
 
-    It is state. A run that goes on is given the metrics of the stages that are done, without
-    running them; the stage that was interrupted starts anew, but its loops go on where they were:
+    It is state. A run that resumes is given the metrics of the stages that are done, without
+    running them; the stage that was interrupted starts anew, but its loops resume where they were:
     those that had ended yield nothing, and the generators are set as they had been.
     """
 
@@ -47,7 +47,7 @@ class Midway:
         """Forget the last epoch."""
         self._epoch = epoch
         self._done: list[tuple[str, dict[str, Any]]] = []
-        self._given = 0  # of those that were done before the run went on, and asked for again
+        self._given = 0  # of those that were done before the run resumed, and asked for again
         self._resumed = 0
         self._saved: StateDict | None = None  # of the stage that was interrupted
         self._stage: _Stage | None = None
@@ -56,7 +56,7 @@ class Midway:
     # ------------------------------------------------------------------------------------ stages
 
     def done_before(self, name: str) -> dict[str, Any] | None:
-        """The metrics of the stage that is next, if it was done before the run went on."""
+        """The metrics of the stage that is next, if it was done before the run resumed."""
         if self._given == self._resumed:
             return None
         then, metrics = self._done[self._given]
@@ -64,13 +64,13 @@ class Midway:
             raise UserError(
                 f"the run stopped in epoch {self._epoch} after stage {then!r}, and now comes "
                 f"{name!r} in its place: run the same stages in the same order, or delete "
-                "midway.th in its folder to go on from the last commit"
+                "midway.th in its folder to resume after the last commit"
             )
         self._given += 1
         return metrics
 
     def start_stage(self) -> float:
-        """Begin, or go on; return the time it began at, on the monotonic clock."""
+        """Begin, or resume; return the time it began at, on the monotonic clock."""
         self._stage = _Stage(time.monotonic(), get_generators())
         if self._saved is not None:
             mine = self._mine
@@ -79,12 +79,14 @@ class Midway:
             set_generators(mine["generators"])
         return self._stage.begun
 
-    def end_stage(self, name: str | None = None, metrics: dict[str, Any] | None = None) -> None:
-        """The stage is done, and gave these metrics; or it failed."""
+    def stage_done(self, name: str, metrics: dict[str, Any]) -> None:
+        """Note that the stage that is running is done, and what it returned."""
+        self._done.append((name, metrics))
+        self._given = self._resumed = len(self._done)
+
+    def leave_stage(self) -> None:
+        """Forget the stage that was running, be it done or not."""
         self._stage = self._saved = None
-        if name is not None:
-            self._done.append((name, metrics or {}))
-            self._given = self._resumed = len(self._done)
 
     @property
     def _mine(self) -> StateDict:
@@ -105,7 +107,7 @@ class Midway:
         return averages
 
     def steps_before(self) -> int:
-        """Steps of the next loop that were done before the run went on."""
+        """Steps of the next loop that were done before the run resumed."""
         next_is_it = self._stage and self._saved and self._saved["loop"] == self._stage.loop + 1
         return int(self._saved["step"]) if self._saved and next_is_it else 0
 
@@ -187,7 +189,7 @@ class Midway:
         return {"epoch": self._epoch, "done": list(self._done), "stage": running}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Go on from there."""
+        """Resume from there."""
         self.start_epoch(state["epoch"])
         self._done = [(name, dict(metrics)) for name, metrics in state["done"]]
         self._resumed = len(self._done)

@@ -1,4 +1,4 @@
-"""Being asked to stop: signals set a flag, and all ranks stop behind the same step.
+"""Being asked to stop: signals set a flag, and all ranks stop after the same step.
 
 SIGTERM, SIGUSR1 and SIGUSR2 ask; so Slurm does before it takes a job's place or time away. Whoever
 trains tells `stop_here` of each step; while nobody asks, that costs a lock that nobody else holds.
@@ -24,13 +24,13 @@ REPEAT = 1.0  # seconds in which a second signal is taken for the same request
 POLL = 0.5  # seconds between looks at whether another rank was asked
 ANSWER = 30.0  # seconds in which all ranks must notice that one was asked
 
-Position = tuple[int, ...]  # of a step: epoch, stage, loop, step; grows as the training goes on
+Position = tuple[int, ...]  # of a step: epoch, stage, loop, step; grows with the training
 
 
 _asked: str = ""  # the signal
 _asked_at = 0.0
 _position: Position = ()  # of the step that was begun last
-_lock = threading.Lock()  # so that the position that others see is never behind
+_lock = threading.Lock()  # so that the position that others see is never too old
 _round = 0  # how many times signals were listened to; keeps the words of the rounds apart
 _listening = False
 
@@ -100,7 +100,7 @@ def _ask(number: int, frame: FrameType | None) -> None:
 def _all_are_here(position: Position) -> bool:
     """Wait until all ranks know of the request; are they here, or will they be, rather than ahead?
 
-    Nobody goes on from the foremost position, once all know: so all meet there.
+    Nobody leaves the foremost position, once all know: so all meet there.
     """
     deadline = time.monotonic() + ANSWER
     while True:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from fnmatch import fnmatchcase
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -83,12 +84,14 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The config by dotted keys, as of the latest checkpoint; empty before there is one."""
+        """The config by dotted keys, as of the latest checkpoint; empty before there is one.
+
+        Without the keys that do not make another run (`dora.exclude`).
+        """
         with suppress(Exception):  # a damaged checkpoint is no reason to hide the curves
-            found = checkpoint.peek(self.folder / "checkpoint.th")["xp.cfg"] or {}
-            return {
-                k: v for k, v in flatten(found).items() if not k.startswith(("dora.", "slurm."))
-            }
+            found = flatten(checkpoint.peek(self.folder / "checkpoint.th")["xp.cfg"] or {})
+            hidden = ["dora.*", "slurm.*", *found.get("dora.exclude", [])]
+            return {k: v for k, v in found.items() if not any(fnmatchcase(k, h) for h in hidden)}
         return {}
 
     @property

@@ -1,4 +1,4 @@
-"""The solver: epochs are made of stages and end with a commit, from which a run can go on.
+"""The solver: an epoch consists of stages and ends with a commit, from which a run can resume.
 
 Subclass `BaseSolver`, register what is state, write `run()`. Everything here may be overridden.
 """
@@ -36,9 +36,9 @@ class BaseSolver:
     checkpoints = checkpoint.Policy()
 
     def __init_subclass__(cls) -> None:
-        """Let `run` listen to requests to stop, and end when all that was committed is on disk."""
+        """Wrap the `run` of a subclass; see `_managed`."""
         if "run" in vars(cls):
-            cls.run = _then_wait(cls.run)  # type: ignore[method-assign]
+            cls.run = _managed(cls.run)  # type: ignore[method-assign]
 
     def __init__(self, xp: XP | str | Path | None = None) -> None:
         self.xp: XP = FolderXP(Path(xp)) if isinstance(xp, (str, Path)) else xp or get_xp()
@@ -54,6 +54,7 @@ class BaseSolver:
         self._midway = Midway()
         self.stateful.register("midway", self._midway)
         self._writer = checkpoint.Writer()
+        self._restored = False
         self._current_stage: str | None = None
         self._start_epoch()
 
@@ -124,7 +125,7 @@ class BaseSolver:
         self._writer.submit(state, write)
 
     def _save_midway(self) -> None:
-        """Save what was done of this epoch; all ranks stopped behind the same step."""
+        """Save what was done of this epoch; all ranks stopped after the same step."""
         self.result_logger.flush()
         self.wait()
         state = self.state_dict()
@@ -137,17 +138,17 @@ class BaseSolver:
                 error = str(failed)
         if error := distrib.broadcast_object(error):
             raise checkpoint.CheckpointError(error)
-        steps = self.steps.get(self.current_stage, 0)
-        text = f"step {steps} of {self.current_stage}, in epoch {self.epoch}"
-        self.logger.warning("Stopped after %s, by %s: saved", text, preemption.asked())
+        step = state["midway"]["stage"]["step"]
+        text = f"step {step} of {self.current_stage} in epoch {self.epoch}"
+        self.logger.warning("Stopped by %s after %s: saved", preemption.asked(), text)
 
     def restore(self, strict: bool = True, read_only: bool = False) -> bool:
-        """Go on from the latest checkpoint; return whether there is one. All ranks must call it.
+        """Resume from the latest checkpoint; return whether there is one. All ranks must call it.
 
         Args:
             strict: refuse a checkpoint with missing, unexpected or wrongly shaped entries, or one
-                of a config with other values; otherwise warn, and go on with the rest.
-            read_only: to look at a run rather than go on with it: the generators of this process
+                of a config with other values; otherwise warn, and load the rest.
+            read_only: to look at a run rather than resume it: the generators of this process
                 and the files of the run stay as they are, whatever stage is then run: results go
                 to the log only. The config may differ.
         """
@@ -162,28 +163,33 @@ class BaseSolver:
         self.load_state_dict(state, strict)
         if not read_only:
             self.xp.link.load()
-            if (lost := len(self.xp.link.history) - len(self.history)) > 0:
-                self.logger.warning("Going on from epoch %d: %d lost", self.epoch, lost)
+            if (later := len(self.xp.link.history)) >= self.epoch:
+                lost = f"epochs {self.epoch} to {later}" if later > self.epoch else f"epoch {later}"
+                self.logger.warning("No checkpoint of %s: training that again", lost)
             self._publish(self.history)
             self._start_epoch()
             self._pending_metrics.update(state["midway"].get("pending", {}))
             self.result_logger.resume(self.epoch, self._pending_metrics, self.steps)
             self.replay_history()
+            self._restored = True
         return True
 
     def _check_config(self, saved: dict[str, Any], strict: bool) -> None:
-        """Refuse to go on with other values than the run began with, such as an edited default."""
+        """Refuse to resume with other values than the run began with, such as an edited default.
+
+        A key that is new in the config is only told of: nothing says that it changes anything.
+        """
         then, now = flatten(saved), flatten(plain(self.xp.cfg, "the config"))
         changes = {
             key: f"{key}: {then.get(key, 'absent')} -> {now.get(key, 'absent')}"
             for key in sorted(then.keys() | now.keys())
             if then.get(key) != now.get(key) and not key.startswith(("dora.", "slurm."))
         }
-        refused = [text for key, text in changes.items() if in_signature(self.xp, key)]
+        refused = [t for key, t in changes.items() if key in then and in_signature(self.xp, key)]
         if refused and strict and not os.environ.get(ALLOW_CONFIG_CHANGE):
             raise UserError(
                 f"the config of run {self.xp.sig} has changed since its last checkpoint: "
-                f"{'; '.join(refused)}. Undo that; or start anew (`dora run --clear`); or go on "
+                f"{'; '.join(refused)}. Undo that; or start anew (`dora run --clear`); or resume "
                 f"with the new values by setting {ALLOW_CONFIG_CHANGE}=1 in the environment"
             )
         for text in changes.values():
@@ -240,17 +246,33 @@ class BaseSolver:
         self._pending_metrics: dict[str, Any] = {}
 
     def log_start(self) -> None:
-        """Say what starts: config, modules, folder, how to resume. All ranks must call it."""
+        """Log what starts: config, modules, folder, how to resume. All ranks must call it.
+
+        The config of a run that resumes is in its log already.
+        """
         from omegaconf import OmegaConf
 
-        tree = OmegaConf.to_yaml(plain(self.xp.cfg, "the config"))
-        self.logger.info("Config of run %s:\n%s", self.xp.sig, tree.rstrip())
+        if not self._restored:
+            tree = OmegaConf.to_yaml(plain(self.xp.cfg, "the config"))
+            self.logger.info("Config of run %s:\n%s", self.xp.sig, tree.rstrip())
         for name, source in self.stateful.sources.items():
             if isinstance(source, AttributeWrapper) and (about := summary(source.value)):
                 self.logger.info("%s: %s", name, about)
-        self.logger.info("Run %s starts with epoch %d: %s", self.xp.sig, self.epoch, self.folder)
+        verb = "resumes" if self._restored else "starts"
+        self.logger.info("Run %s %s in epoch %d: %s", self.xp.sig, verb, self.epoch, self.folder)
         if command := resume_command(self.xp, distrib.is_distributed()):
-            self.logger.info("Whenever it stops, this goes on with it: %s", command)
+            self.logger.info("To resume it, whenever it stops: %s", command)
+
+    def log_end(self) -> None:
+        """Log that the run is complete, and its best epoch if that is kept. All ranks call it."""
+        self.wait()
+        best = ""
+        if epoch := self.checkpoints.best_epoch(range(1, self.epoch), self.history):
+            stage, _, metric = self.checkpoints.best.partition(".")
+            shown = self.get_formatter(stage)({metric: self.history[epoch - 1][stage][metric]})
+            best = "".join(f", best {stage}.{n} {v} in epoch {epoch}" for n, v in shown.items())
+        done = self.epoch - 1
+        self.logger.info("Run %s is complete: epoch %d%s: %s", self.xp.sig, done, best, self.folder)
 
     # ------------------------------------------------------------------------------------- state
 
@@ -309,13 +331,13 @@ class BaseSolver:
             returned = method(*args, **kwargs)
             metrics = to_numbers({**(returned or {}), "duration": time.monotonic() - begin})
             self.log_metrics(stage_name, metrics)
-            self._midway.end_stage(stage_name, metrics)
+            self._midway.stage_done(stage_name, metrics)
         except Preempted:
             self._save_midway()
             raise
         finally:
             self._current_stage = None
-            self._midway.end_stage()
+            self._midway.leave_stage()
         return metrics
 
     def get_formatter(self, stage_name: str) -> Formatter:
@@ -371,8 +393,8 @@ class BaseSolver:
         """Iterate with progress lines.
 
         Asked to stop, by SIGTERM, SIGUSR1, SIGUSR2 or Slurm, the run does so between two steps, and
-        goes on there when it is started again: what a step leaves behind must be state, or in
-        averages of `averager`.
+        resumes there when it is started again: what one step leaves to the next must be state, or
+        in averages of `averager`.
 
         Args:
             stage_name: shown in the lines.
@@ -437,7 +459,9 @@ class BaseSolver:
         self.result_logger.log_text(stage_name, key, text, self.epoch)
 
 
-def _then_wait(run: Callable[..., T]) -> Callable[..., T]:
+def _managed(run: Callable[..., T]) -> Callable[..., T]:
+    """Let `run` take signals as requests to stop, and end when all commits are on disk."""
+
     @functools.wraps(run)
     def wrapped(self: BaseSolver, *args: Any, **kwargs: Any) -> T:
         try:

@@ -3,7 +3,7 @@
     python -m my_research.core.sweep GRID
 
 Several runs at a time; each is the `dora run` that one would type, and what it says goes to
-`sweep.log` in its folder. Started again, it goes on with what is not complete, and leaves the rest
+`sweep.log` in its folder. Started again, it resumes what is not complete, and leaves the rest
 alone.
 """
 
@@ -153,7 +153,7 @@ class Sweep:
         try:
             self.running[xp.sig] = Worker(xp, command, self.cwd, env)
         except BlockingIOError:
-            print(f"Run {xp.sig} is going on in another process: left alone", flush=True)
+            print(f"Run {xp.sig} is training in another process: left alone", flush=True)
             self.grid.states[xp.sig] = "ELSEWHERE"
             self.free += self.used.pop(xp.sig, [])
         else:
@@ -176,7 +176,7 @@ class Sweep:
                 json.dump({"epochs": len(history)}, file)
 
     def _stop(self) -> None:
-        """Ask all runs to stop, behind a step; after a while, or if asked again, kill them."""
+        """Ask all runs to stop between two steps; after a while, or if asked again, kill them."""
         print(f"\nStopping {len(self.running)} runs; once more kills them.", flush=True)
         deadline = time.monotonic() + GRACE
         try:
@@ -222,7 +222,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     try:
         complete = sweep.run()
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on.")
+        print("Stopped. The same command resumes.")
         sys.exit(130)
     sys.exit(0 if complete else 1)
 

@@ -295,7 +295,9 @@ def main(argv: Iterable[str] | None = None) -> None:
     """Update the project that this file is in; see the head of this file."""
     parser = argparse.ArgumentParser(description="Take a newer template, by a three-way merge.")
     parser.add_argument("--to", metavar="REF", help="tag, branch or commit; the newest by default")
-    parser.add_argument("--set", metavar="ANSWER=VALUE", action="append", default=[])
+    parser.add_argument(
+        "--set", metavar="ANSWER=VALUE", action="append", default=[], help="another answer"
+    )
     parser.add_argument("--template", metavar="ADDRESS", help="where it is now; as recorded")
     parser.add_argument("--check", action="store_true", help="only say, by exit code 1, if newer")
     parser.add_argument("--dry-run", action="store_true", help="show what would change")

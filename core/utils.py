@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 
 WEIGHT = "its weight"  # a name that no metric has
-NO_METRIC = "a metric is a number or a tensor of one element"
 
 
 class UserError(RuntimeError):
@@ -69,7 +69,7 @@ class Averages(Mapping[str, float]):
                 elif value.__class__ is not float:
                     step[name] = float(value)
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"average of {name}: {NO_METRIC}, not {value!r}") from None
+            _refuse(name, value)
         if on_device:
             self._rows.append(_row({name: step[name] for name in on_device}))
             step |= dict.fromkeys(on_device)
@@ -90,7 +90,7 @@ class Averages(Mapping[str, float]):
         return {"sums": {n: list(sums) for n, sums in self._sums.items()}, "weight": self._weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what was taken in."""
+        """Take back what `state_dict` gave."""
         self._sums = {name: list(sums) for name, sums in state["sums"].items()}
         self._weight, self._steps, self._rows, self._seen = state["weight"], [], [], None
 
@@ -146,10 +146,17 @@ def _row(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return torch.stack(values)
     for name, value in tensors.items():
         if value.numel() != 1:
-            raise ValueError(f"average of {name}: {NO_METRIC}, not {value!r}")
+            _refuse(name, value)
     device = values[0].device
     accurate = torch.float32 if device.type == "mps" else torch.float64
     return torch.stack([value.reshape(()).to(device, accurate) for value in values])
+
+
+def _refuse(name: str, value: object) -> NoReturn:
+    what = f"a tensor {[*value.shape]}" if isinstance(value, torch.Tensor) else reprlib.repr(value)
+    raise ValueError(
+        f"average of {name}: a metric is a number or a tensor of one element, not {what}"
+    ) from None
 
 
 def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -126,7 +126,7 @@ class FolderXP:
 
 
 class Preempted(KeyboardInterrupt):
-    """A run was asked to stop by a signal, did so behind a step, and is saved."""
+    """A run was asked to stop by a signal, did so between two steps, and is saved."""
 
 
 def get_xp() -> XP:
@@ -149,7 +149,7 @@ def in_signature(xp: XP, key: str) -> bool:
 
 
 def resume_command(xp: XP, distributed: bool) -> str:
-    """What to type to go on with a run, from the root of the repo; empty outside of Dora."""
+    """The command that resumes a run, from the root of the repo; empty outside of Dora."""
     if not hasattr(xp, "dora"):
         return ""
     return f"dora run {'-d ' if distributed else ''}-f {xp.sig}"
@@ -174,7 +174,7 @@ def hydra_main(
 
     Beyond Dora's decorator of the same name: a `schema` (a dataclass, to be listed first in the
     config's defaults as `schema`) gives every key a type; a wrong override ends in one line;
-    Ctrl-C says how to go on; a relative `dora.dir` is relative to the repo, wherever one stands.
+    Ctrl-C says how to resume; a relative `dora.dir` is relative to the repo, wherever one stands.
 
     Args:
         config_path: folder of the config files, relative to the decorated function's file.
@@ -211,7 +211,8 @@ def _main_class(typed: bool) -> Any:
     class Main(HydraMain):
         def get_xp(self, argv: Iterable[str]) -> Any:
             keys = flatten(cast(Any, OmegaConf.to_container(self._base_cfg)))
-            known, argv = [*keys, *self._config_groups], list(argv)
+            groups = [name for name in self._config_groups if not name.startswith("hydra")]
+            known, argv = [*keys, *groups], list(argv)
             if typed:
                 _refuse_new_keys(argv, known)
             try:
@@ -224,6 +225,10 @@ def _main_class(typed: bool) -> Any:
                 return super().get_argv_from_sig(sig)
             except RuntimeError:
                 _refuse_signature(sig, self.dora.dir / self.dora.xps)
+
+        def get_names(self, xps: Any) -> tuple[list[str], str]:
+            names, base = super().get_names(xps)
+            return [name or "base" for name in names], base
 
         def init_xp(self, xp: Any) -> Any:
             with _writing_runs():
@@ -268,7 +273,8 @@ def _refuse_new_keys(argv: Iterable[str], known: Sequence[str]) -> None:
 
 
 def _refuse_signature(sig: str, folder: Path) -> NoReturn:
-    near = difflib.get_close_matches(sig, [path.name for path in folder.glob("*")], n=1)
+    runs = [path.parent.name for path in folder.glob("*/history.json")]
+    near = difflib.get_close_matches(sig, runs, n=1)
     hint = f"did you mean {near[0]}?" if near else "the report lists the runs"
     raise UserError(f"no run {sig} in {folder}: {hint}") from None
 
@@ -286,7 +292,7 @@ def _other_choices(main: Any, delta: list[tuple[str, Any]]) -> list[tuple[str, A
 
 
 def _run(main: Callable[[Any], Any]) -> Any:
-    """Call `main` with the config of the run; say how to go on if it is interrupted."""
+    """Call `main` with the config of the run; say how to resume it if it is interrupted."""
     # A terminated run ends as an interrupted one does: with its last checkpoint on disk.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -294,11 +300,15 @@ def _run(main: Callable[[Any], Any]) -> Any:
         return main(get_xp().cfg)
     except Preempted as stopped:
         _requeue(by=str(stopped))
-        logger.warning("The same command goes on with the next step.")
+        logger.warning("The same command resumes with the next step.")
         raise SystemExit(130) from None
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other processes were told as well
-        logger.warning("Interrupted. The same command goes on from the last commit.")
+        link = get_xp().link
+        link.load()
+        epoch = len(link.history)
+        where = f"resumes after epoch {epoch}" if epoch else "starts anew: no epoch was committed"
+        logger.warning("Interrupted. The same command %s.", where)
         raise SystemExit(130) from None
 
 
@@ -473,7 +483,8 @@ def _one_line(error: BaseException, known: Sequence[str] = ()) -> str:
     if inner := [name for name in known if name.startswith(f"{key}.")]:
         lines.append(f"its keys are {', '.join(inner)}")
     elif key and known and key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
+        ends = {name.rpartition(".")[2]: name for name in known}  # `lr` may be that of `optim`
+        near = [ends.get(n, n) for n in difflib.get_close_matches(key, [*known, *ends], n=1)]
         lines.append(f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}")
     half_new = "Missing mandatory value" if known else "not in '"  # only in schema, or in config
     if any(half_new in line for line in lines):

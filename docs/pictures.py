@@ -59,7 +59,7 @@ def record(project: Path, command: str, stop: str = "") -> list[str]:
 
 
 def terminal(project: Path, target: Path) -> None:
-    """A run that is interrupted, and goes on; then all runs in a table."""
+    """A run that is interrupted, and resumed; then all runs in a table."""
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"))  # noqa: SIM115
 
     def show(typed: str, lines: list[str], pattern: str = "") -> None:
@@ -71,7 +71,7 @@ def terminal(project: Path, target: Path) -> None:
         console.print()
 
     stopped = record(project, "dora run", stop="Valid Summary | Epoch 3")
-    show("dora run", stopped, "starts with|goes on|Summary")
+    show("dora run", stopped, "(starts|resumes) in|Interrupted|Summary")
     show("dora run", record(project, "dora run"), r"starts with|Summary \| Epoch (3|4|14|15)\b")
     record(project, "dora run optim.lr=1e-3")
     show("dora run optim.lr=1e-3", ["..."])

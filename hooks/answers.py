@@ -48,7 +48,7 @@ class Answers(Extension):
 
 
 def check_hooks(repo: Path) -> None:
-    """Refuse to go on where `pre_prompt.py` did not put the template together.
+    """Refuse to render where `pre_prompt.py` did not put the template together.
 
     Args:
         repo: the template that is rendered; cookiecutter puts it last on the path.

@@ -54,6 +54,7 @@ def load_digits():  # type: ignore
 '''
 
 EPOCHS = 6
+STARTED = re.compile(" (?:starts|resumes) in epoch ")  # a line of each start of a run
 CONFIG = [
     f"epochs={EPOCHS}",
     "device=cpu",
@@ -109,7 +110,7 @@ class Run:
         """Wait until training has begun for the so-many-th time; False if the process ended."""
         while process.poll() is None:
             logs = list(self.outputs.glob("xps/*/solver.log.0"))
-            if logs and logs[0].read_text().count(" starts with epoch ") >= times:
+            if logs and len(STARTED.findall(logs[0].read_text())) >= times:
                 return True
             time.sleep(0.002)
         return False

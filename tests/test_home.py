@@ -136,7 +136,7 @@ def test_the_commands_of_the_readme(digits: Home) -> None:
         elif command.startswith("dora run"):
             limit = "" if "debug=" in command else "debug=limit"
             said = digits.shell(f"{command} epochs=1 {limit}")
-            sig = sig or re.findall(r"Run (\w+) starts with epoch 1:", said)[0]
+            sig = sig or re.findall(r"Run (\w+) starts in epoch 1:", said)[0]
         else:
             said = digits.shell(command)
         assert said
@@ -164,7 +164,7 @@ def test_groups_are_what_the_heads_of_their_files_say(home: Home) -> None:
     assert command in home.commands()
     [(metric, sign, value)] = re.findall(r"# Expected: valid (\w+) ([<>])= ([\d.]+)", head[2])
     said = home.shell(command)
-    [sig] = re.findall(r"Run (\w+) starts with epoch 1:", said)
+    [sig] = re.findall(r"Run (\w+) starts in epoch 1:", said)
     reached = home.history(sig)[-1]["valid"][metric]
     assert reached >= float(value) if sign == ">" else reached <= float(value)
 
@@ -212,7 +212,7 @@ def test_ci_is_safe_and_does_what_the_matrix_does(home: Home) -> None:
 def test_ci_trains_is_killed_and_goes_on(example: str, template: Path, tmp_path: Path) -> None:
     home = Home(template, tmp_path, example)
     step = home.workflow()["jobs"]["check"]["steps"][-1]
-    assert "is complete, nothing to do" in home.shell(step["run"], **step["env"])
+    assert "is complete: epoch" in home.shell(step["run"], **step["env"])
     assert home.shell("git status --porcelain") == ""
 
 

@@ -113,7 +113,7 @@ def test_a_whole_life(project: Project) -> None:
     [run] = project.runs()
     done, total = epochs(run), int(project.overrides[0].partition("=")[2])
     assert 0 < done < total
-    assert f"starts with epoch {done + 1}:" in project.run(*dora, *project.overrides)
+    assert f"resumes in epoch {done + 1}:" in project.run(*dora, *project.overrides)
     assert epochs(run) == total
     tracker = project.folder.name.partition("-")[2]
     assert FILES.get(tracker, set()) == {"tensorboard", "wandb"} & {p.name for p in run.iterdir()}

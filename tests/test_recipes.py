@@ -112,7 +112,7 @@ def test_optuna(project: Path) -> None:
         assert trial.state.name == "PRUNED" or len(losses) == 2
         assert trial.state.name == "PRUNED" or trial.value == losses[-1]
 
-    # The run of a trial that was pruned after its first epoch goes on.
+    # The run of a trial that was pruned after its first epoch resumes.
     pruned = next(trial for trial in study.trials if len(trial.intermediate_values) == 1)
     study.enqueue_trial(pruned.params)
     before = history(pruned)
@@ -154,7 +154,7 @@ def test_without_dora(project: Path, tmp_path: Path) -> None:
     project = Path(shutil.copytree(project, tmp_path / "free", ignore=ignored))
     remove_dora(project)
     command = ["-m", "my_research.train", "outputs/first", "optim.lr=1e-3"]
-    assert "Run first starts with epoch 1" in python(project, *command, "epochs=1")
+    assert "Run first starts in epoch 1" in python(project, *command, "epochs=1")
     then = (
         "from my_research import core, train; import my_research.core.report as report;"
         "train.main('outputs/first', 'optim.lr=1e-3');"
@@ -162,7 +162,7 @@ def test_without_dora(project: Path, tmp_path: Path) -> None:
         "report.main(['--dir', 'outputs'])"
     )
     said = python(project, "-c", then, ALLOW_CONFIG_CHANGE="1")
-    assert "starts with epoch 2" in said
+    assert "resumes in epoch 2" in said
     assert "2 {'lr': 0.001" in said
     assert re.search(r"^first .* 2/2 ", said, re.M)
     history = json.loads((project / "outputs" / "first" / "history.json").read_text())

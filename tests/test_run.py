@@ -81,8 +81,12 @@ def test_ctrl_c_and_on(project: Path) -> None:
     assert "Traceback" not in said
     done = len(history(project))
     assert 0 < done < 40
-    [resume] = set(re.findall(r"goes on with it: (dora run -f \w+)", said))
-    assert f"starts with epoch {done + 1}:" in finish(start(project, *resume.split()))
+    [resume] = set(re.findall(r"To resume it, whenever it stops: (dora run -f \w+)", said))
+    assert f"Interrupted. The same command resumes after epoch {done}." in said
+    said = finish(start(project, *resume.split()))
+    assert f"resumes in epoch {done + 1}:" in said
+    assert "Config of run" not in said
+    assert "is complete: epoch 40: " in said
     assert len(history(project)) == 40
 
 
@@ -104,7 +108,7 @@ def test_doras_other_commands(project: Path) -> None:
         return done.stdout + done.stderr
 
     assert str(run) in dora("-m", "dora", "info", "epochs=2")
-    assert "is complete, nothing to do" in dora("-m", "dora", "run", "-f", run.name)
+    assert "is complete: epoch" in dora("-m", "dora", "run", "-f", run.name)
 
     # `--git_save` trains in a clone of the commit.
     dora("-m", "dora", "run", "--git_save", "epochs=1")
@@ -134,7 +138,9 @@ def test_an_error_on_another_rank_is_shown_and_ends_the_run(project: Path) -> No
 def test_a_slip_that_all_ranks_notice_is_said_once(project: Path) -> None:
     slip = ["-d", "--ddp_workers=2", "trackers=[]", "device=cpu", "data.batch_size=63"]
     said = finish(start(project, "dora", "run", *slip), code=1)
-    assert said.count("a batch of 63 can't be shared by 2 processes") == 1
+    assert (
+        said.count("batch size 63: it must be a positive multiple of the number of processes") == 1
+    )
     assert "Traceback" not in said
     [log] = project.glob("outputs/xps/*/solver.log.0")
     assert "Traceback" in log.read_text()

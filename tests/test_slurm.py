@@ -189,7 +189,7 @@ def test_preempted_requeued_and_out_of_time_no_step_is_lost(lab: Lab) -> None:
     for job in (*jobs, limited):
         lab.wait(job, "COMPLETED", seconds=240)
     for folder in folders:
-        assert "Stopped after step" in lab.log(folder), folder
+        assert "Stopped by " in lab.log(folder), folder
     for folder, whole in zip(folders, wholes, strict=True):
         assert faults.same(faults.load(folder / "checkpoint.th"), whole.end()), folder
 
@@ -202,7 +202,7 @@ def test_a_cancelled_job_stays_cancelled_and_can_go_on(lab: Lab) -> None:
     lab.wait_for(folder, "Train | Epoch 2 ")
     lab.dora("grid", "long", "--cancel")
     lab.wait(job, "CANCELLED")
-    lab.wait_for(folder, "Stopped after step")
+    lab.wait_for(folder, "Stopped by ")
     time.sleep(3)
     assert lab.state(job).startswith("CANCELLED")
     lab.wait(lab.launch("-r", *overrides), "COMPLETED")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import Render
+from .faults import STARTED
 
 GRID = """
 from {package}.grids.lr import {explorer} as Columns
@@ -64,7 +65,7 @@ def epochs(project: Path) -> list[int]:
 
 def started(project: Path) -> int:
     logs = project.glob("outputs/xps/*/solver.log.0")
-    return sum(log.read_text().count(" starts with epoch ") for log in logs)
+    return sum(len(STARTED.findall(log.read_text())) for log in logs)
 
 
 @pytest.mark.timeout(600)
@@ -80,9 +81,9 @@ def test_a_sweep_is_stopped_resumed_and_then_left_alone(project: Path) -> None:
     sweep.send_signal(signal.SIGINT)
     said = finish(sweep, 130)
     assert "Stopping 2 runs" in said
-    assert "The same command goes on" in said
+    assert "The same command resumes" in said
     assert not re.search(r"\x1b|Traceback", said)
-    assert list(project.glob("outputs/xps/*/midway.th")), "no run stopped behind a step"
+    assert list(project.glob("outputs/xps/*/midway.th")), "no run stopped between two steps"
     assert started(project) == 2
 
     said = finish(start(project, "three", "--workers", "2"), 0)

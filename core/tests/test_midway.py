@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, and go on with the very next step."""
+"""Runs that are asked to stop, and resume with the very next step."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_stopped_run_goes_on_with_the_next_step(tmp_path: Path, kind: dict[str
     assert not (tmp_path / "stopped" / "midway.th").exists()
 
 
-def test_a_stop_can_come_behind_the_last_step(tmp_path: Path) -> None:
+def test_a_stop_can_come_after_the_last_step(tmp_path: Path) -> None:
     solver_of(tmp_path / "whole").run()
     solver = solver_of(tmp_path / "stopped")
     solver.stop_at = {(1, "train", 10)}
@@ -238,7 +238,7 @@ def train_and_stop(folder: str, stop: Any) -> str:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_stop_behind_the_same_step(tmp_path: Path, ranks: int) -> None:
+def test_ranks_stop_after_the_same_step(tmp_path: Path, ranks: int) -> None:
     assert on_ranks(train_and_stop, str(tmp_path / "whole"), None, ranks=ranks) == ["done"] * ranks
     stops = [(1, "train", 1, 0), (2, "second", 1, 1)]
     for stop in stops:
@@ -273,13 +273,13 @@ def test_a_rank_that_stopped_waits_for_one_that_is_late(tmp_path: Path) -> None:
     assert one == other
 
 
-def test_another_number_of_ranks_goes_on_from_the_commit(
+def test_another_number_of_ranks_resumes_after_the_commit(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     said = on_ranks(train_and_stop, str(tmp_path), (2, "train", 1, 0))
     assert said == ["stopped by SIGUSR1"] * 2
     solver = solver_of(tmp_path)
     solver.run()
-    assert "1 processes can't take over from 2" in caplog.text
+    assert "2 processes saved the steps since, and 1 can't resume" in caplog.text
     assert solver.seen[0] == (2, "train", 0)
     assert len(history(tmp_path)) == 3

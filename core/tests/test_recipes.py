@@ -252,7 +252,7 @@ def test_ranks_stop_early_together(tmp_path: Path) -> None:
 
 
 def test_evaluation_now_and_then(tmp_path: Path) -> None:
-    run = recipe("Evaluation every so many epochs, and behind the last")["run"]
+    run = recipe("Evaluation every so many epochs, and after the last")["run"]
     rarely = type(
         "Rarely",
         (Solver,),
@@ -307,7 +307,7 @@ def spread_on_a_rank(folder: Path) -> list[Any]:
 def test_fsdp(tmp_path: Path) -> None:
     whole, half, resumed = on_ranks(spread_on_a_rank, tmp_path)[0]
     assert resumed == whole
-    # What two ranks saved is loaded by a single process, which goes on as if it had been alone.
+    # What two ranks saved is loaded by a single process, which resumes as if it had been alone.
     saved = Spread(tmp_path / "saved")
     assert saved.restore(read_only=True)
     weights = saved.state_dict()["model"].values()

@@ -24,7 +24,8 @@ def runs(tmp_path: Path) -> Path:
             "epochs": epochs,
             "optim": {"lr": 0.1 * epochs},
             "seed": 0,
-            "dora": {"dir": sig},
+            "workers": epochs,
+            "dora": {"dir": sig, "exclude": ["work*"]},
         }
         solver.run()
     return tmp_path

@@ -58,7 +58,30 @@ def test_a_start_is_described(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     solver.log_start()
     assert f"Config of run {tmp_path.name}:\noptim:\n  lr: 0.01\npath: x" in caplog.text
     assert "model: Sequential, 49 parameters" in caplog.text
-    assert f"starts with epoch 1: {tmp_path}" in caplog.text
+    assert f"starts in epoch 1: {tmp_path}" in caplog.text
+
+
+def test_an_end_tells_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    solver = Solver(tmp_path, epochs=3)
+    solver.run()
+    solver.log_end()
+    assert f"Run {tmp_path.name} is complete: epoch 3: {tmp_path}" in caplog.text
+    solver.checkpoints = checkpoint.Policy(best="train.loss")
+    losses = [epoch["train"]["loss"] for epoch in solver.history]
+    best, at = min(losses), losses.index(min(losses)) + 1
+    solver.log_end()
+    assert f"epoch 3, best train.loss {best:.3f} in epoch {at}: " in caplog.text
+
+
+def test_a_resumed_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Solver(tmp_path, epochs=1).run()
+    caplog.set_level("INFO")
+    solver = Solver(tmp_path)
+    solver.restore()
+    solver.log_start()
+    assert "resumes in epoch 2: " in caplog.text
+    assert "Config of run" not in caplog.text
 
 
 def test_curves_by_step_go_on_after_a_stop(tmp_path: Path) -> None:
@@ -173,7 +196,7 @@ def test_another_config_is_refused(
     changed = {"optim": {"lr": 0.2, "betas": [0.9, 0.99]}, "new": 3}
     solver = guarded(tmp_path, **changed)
     before = solver.state_dict()["model"]["0.weight"].clone()
-    with pytest.raises(UserError, match=r"new: absent -> 3; optim\.lr: 0\.1 -> 0\.2\. .*=1"):
+    with pytest.raises(UserError, match=r"checkpoint: optim\.lr: 0\.1 -> 0\.2\. .*=1"):
         solver.restore()
     assert torch.equal(solver.state_dict()["model"]["0.weight"], before)
     assert guarded(tmp_path, **changed).restore(read_only=True)
@@ -181,6 +204,17 @@ def test_another_config_is_refused(
     monkeypatch.setenv("ALLOW_CONFIG_CHANGE", "1")
     assert guarded(tmp_path, **changed).restore()
     assert "optim.lr: 0.1 -> 0.2" in caplog.text
+
+
+def test_a_key_that_is_new_is_told_and_one_that_is_gone_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    guarded(tmp_path).run()
+    assert guarded(tmp_path, dropout=0.0).restore()
+    assert "The config has changed: dropout: absent -> 0.0" in caplog.text
+    guarded(tmp_path / "gone", dropout=0.5).run()
+    with pytest.raises(UserError, match=r"checkpoint: dropout: 0\.5 -> absent\."):
+        guarded(tmp_path / "gone").restore()
 
 
 class Kept(Solver):
@@ -244,7 +278,7 @@ def test_lost_epochs_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     (tmp_path / "checkpoint.th").write_bytes(b"")
     solver = Solver(tmp_path)
     assert solver.restore()
-    assert "Going on from epoch 3: 1 lost" in caplog.text
+    assert "No checkpoint of epoch 3: training that again" in caplog.text
     assert len(json.loads((tmp_path / "history.json").read_text())) == 2
 
 

@@ -47,9 +47,9 @@ class Config:
 @hydra_main(config_path="config", config_name="config", schema=Config)
 def main(cfg):
     assert get_xp().cfg is cfg
-    get_xp().link.update_history([{"lr": cfg.lr}])
+    get_xp().link.update_history([{"lr": cfg.lr}] if cfg.epochs >= 0 else [])
     print("trained", cfg.lr, type(cfg.lr).__name__)
-    if cfg.epochs == 0:
+    if cfg.epochs <= 0:
         raise KeyboardInterrupt
 
 if __name__ == "__main__":
@@ -147,8 +147,9 @@ def test_a_run_has_a_folder_by_its_overrides(toy: Path, tmp_path: Path) -> None:
     ("override", "said"),
     [
         ("lrr=1", r"lrr.*did you mean 'lr'\?"),
+        ("momentun=1", r"momentun.*did you mean 'optim.momentum'\?"),
         ("optim.momentun=1", r"momentun.*did you mean 'optim.momentum'\?"),
-        ("optim.zzzzzz=1", r"zzzzzz.*keys are .*optim.name"),
+        ("optim.zzzzzz=1", r"zzzzzz.*keys are (?!.*hydra).*optim.name"),
         ("lr=abc", "lr=abc.*Float"),
         ("epochs=2.5", "epochs=2.5.*Integer"),
         ("optim=sgd", "optim=sgd.*its keys are optim.name, optim.momentum"),
@@ -217,6 +218,8 @@ def test_an_unknown_signature_is_named_with_the_nearest(toy: Path) -> None:
     ask = f"from toy.train import main; main.get_xp_from_sig({run.name[:-1] + '_'!r})"
     error = python(toy, "-c", ask, code=1).stderr
     assert f"did you mean {run.name}?" in error.splitlines()[-1]
+    (run / "history.json").unlink()  # what trained nothing is no help
+    assert "the report lists the runs" in python(toy, "-c", ask, code=1).stderr
 
 
 def test_help_and_config_belong_to_no_run(toy: Path) -> None:
@@ -225,9 +228,11 @@ def test_help_and_config_belong_to_no_run(toy: Path) -> None:
     assert not runs(toy)
 
 
-def test_an_interrupt_says_how_to_go_on(toy: Path) -> None:
+def test_an_interrupt_says_how_to_resume(toy: Path) -> None:
     error = python(toy, "-m", "toy.train", "epochs=0", code=130).stderr
-    assert "The same command goes on" in error
+    assert "The same command resumes after epoch 1." in error
+    error = python(toy, "-m", "toy.train", "epochs=-1", code=130).stderr
+    assert "The same command starts anew: no epoch was committed." in error
     assert "Traceback" not in error
 
 

@@ -39,10 +39,10 @@ class Tracker:
         """Log a point of the stage's curves by step."""
 
     def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int]) -> None:
-        """Forget what was logged after the point from which the run goes on.
+        """Forget what was logged after the point from which the run resumes.
 
         Args:
-            epoch: in which it goes on.
+            epoch: in which it resumes.
             done: stages of this epoch that are done.
             steps: taken by each stage until then.
         """

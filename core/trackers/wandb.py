@@ -22,7 +22,7 @@ OFFLINE_ROWS = 10**6  # that one start of a run may log
 class WandB(Tracker):
     """Sends everything to Weights & Biases; offline too, with `WANDB_MODE=offline`.
 
-    The run's id is its signature, so a resumed run goes on in the same page.
+    The run's id is its signature, so a resumed run continues in the same page.
 
     Args:
         xp: the run.

@@ -12,7 +12,7 @@ from .solver import Solver
 
 @hydra_main(config_path="config", config_name="config", schema=Config)
 def main(cfg: Config) -> None:
-    """Train, or go on training, the run that the config describes."""
+    """Train, or resume training, the run that the config describes."""
     setup_logging()
     distrib.init()
     seed_everything(cfg.seed)

@@ -25,10 +25,8 @@ class Solver(BaseSolver):
     def run(self) -> None:
         """Train until all epochs are committed, from wherever the run stands."""
         self.restore()
-        if self.epoch > self.cfg.epochs:
-            self.logger.info("Run %s is complete, nothing to do: %s", self.xp.sig, self.folder)
-            return
-        self.log_start()
+        if self.epoch <= self.cfg.epochs:
+            self.log_start()
         # Epochs count from 1.
         for _ in range(self.epoch, self.cfg.epochs + 1):
             # A stage reports its metrics under its name.
@@ -36,6 +34,7 @@ class Solver(BaseSolver):
             self.run_stage("valid", self.valid)
             # A commit ends the epoch: the metrics join the history, the state is saved.
             self.commit()
+        self.log_end()
 
     def train(self) -> dict[str, float]:
         """Some updates, on noise."""

@@ -29,7 +29,10 @@ class Solver(BaseSolver):
         self.cfg = cfg
         self.device = distrib.device(cfg.device)
 
-        train_set, valid_set = load(cfg.data.name, cfg.data.folder)
+        try:
+            train_set, valid_set = load(cfg.data.name, cfg.data.folder)
+        except (OSError, ValueError) as error:
+            raise UserError(str(error)) from error
         self.train_loader = self.make_loader(train_set, shuffle=True)
         self.valid_loader = self.make_loader(valid_set)
 
@@ -70,15 +73,14 @@ class Solver(BaseSolver):
         if not self.restore() and self.cfg.continue_from:
             self.continue_from(self.cfg.continue_from, version=self.cfg.continue_with)
             self.ema.reset()
-        if self.epoch > self.cfg.epochs:
-            self.logger.info("Run %s is complete, nothing to do: %s", self.xp.sig, self.folder)
-            return
-        self.log_start()
-        self.log_hyperparams(self.xp.cfg)
+        if self.epoch <= self.cfg.epochs:
+            self.log_start()
+            self.log_hyperparams(self.xp.cfg)
         for _ in range(self.epoch, self.cfg.epochs + 1):
             self.run_stage("train", self.train)
             self.run_stage("valid", self.valid)
             self.commit()
+        self.log_end()
 
     def train(self) -> dict[str, float]:
         """One epoch of training."""
@@ -147,8 +149,8 @@ class Solver(BaseSolver):
         """Stop before a commit if a loss was NaN or infinite; asked once a stage."""
         if steps := average.get("loss.nonfinite"):
             raise UserError(
-                f"{self.current_stage}, epoch {self.epoch}: on rank {distrib.rank()}, the loss of "
-                f"{steps:.0f} steps is NaN or infinite; the last commit is safe. Try a lower "
+                f"{self.current_stage}, epoch {self.epoch}: on rank {distrib.rank()}, the loss was "
+                f"NaN or infinite in {steps:.0f} of the steps; the last commit is safe. Try a lower "
                 "optim.lr, or optim.clip"
             )
 

@@ -71,7 +71,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def continue_text(self, numbers: Tensor, length: int, generator: torch.Generator) -> Tensor:
-        """Return characters `[T]` with `length` more behind them, drawn by the generator."""
+        """Return characters `[T]` with `length` more after them, drawn by the generator."""
         for _ in range(length):
             logits = self(numbers[None, -self.context :])[0, -1]
             drawn = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)

@@ -64,15 +64,14 @@ class Solver(BaseSolver):
     def run(self) -> None:
         """Train until all epochs are committed, from wherever the run stands."""
         self.restore()
-        if self.epoch > self.cfg.epochs:
-            self.logger.info("Run %s is complete, nothing to do: %s", self.xp.sig, self.folder)
-            return
-        self.log_start()
-        self.log_hyperparams(self.xp.cfg)
+        if self.epoch <= self.cfg.epochs:
+            self.log_start()
+            self.log_hyperparams(self.xp.cfg)
         for _ in range(self.epoch, self.cfg.epochs + 1):
             self.run_stage("train", self.train)
             self.run_stage("valid", self.valid)
             self.commit()
+        self.log_end()
 
     def train(self) -> dict[str, float]:
         """So many updates, on stretches from anywhere in the text."""
