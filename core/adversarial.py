@@ -22,9 +22,9 @@ class AdversarialLoss(nn.Module):
     non-saturating generator loss. The state of the optimizer travels in `state_dict()`.
 
     Args:
-        adversary: returns logits for examples; high means "real".
+        adversary: returns logits for examples; high means "fake", as in Flashy.
         optimizer: over the adversary's parameters, and no others.
-        loss: takes logits and targets (1 for real, 0 for fake) and returns a mean loss.
+        loss: takes logits and targets (1 for fake, 0 for real) and returns a mean loss.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class AdversarialLoss(nn.Module):
         In eval mode the loss is computed, and nothing is trained.
         """
         logits_fake, logits_real = self.adversary(fake.detach()), self.adversary(real.detach())
-        loss = self.loss(logits_fake, torch.zeros_like(logits_fake))
-        loss = loss + self.loss(logits_real, torch.ones_like(logits_real))
+        loss = self.loss(logits_fake, torch.ones_like(logits_fake))
+        loss = loss + self.loss(logits_real, torch.zeros_like(logits_real))
         if self.training:
             self.optimizer.zero_grad()
             with distrib.eager_sync_model(self.adversary):
@@ -66,4 +66,4 @@ class AdversarialLoss(nn.Module):
         """Return the generator's loss on fake examples `[B, ...]`: low if they pass for real."""
         with readonly(self.adversary):
             logits = self.adversary(fake)
-            return self.loss(logits, torch.ones_like(logits))
+            return self.loss(logits, torch.zeros_like(logits))

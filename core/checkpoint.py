@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -139,6 +140,8 @@ def _keep(path: Path, epoch: int) -> None:
     """Give the latest checkpoint the name of an older one too, if it is older than this epoch."""
     try:
         found = _load(path, mmap=True)["checkpoint"]["epoch"]
+    except MemoryError:
+        raise
     except Exception:
         _set_aside(path)
         return
@@ -149,7 +152,10 @@ def _keep(path: Path, epoch: int) -> None:
         )
     name = path.with_name(f"{path.stem}.{found}{path.suffix}")
     name.unlink(missing_ok=True)
-    os.link(path, name)
+    try:
+        os.link(path, name)
+    except OSError:  # some file systems have no hard links
+        shutil.copyfile(path, name)
 
 
 def _set_aside(path: Path) -> Path:
@@ -192,8 +198,10 @@ class Writer:
         """Copy the state, then call `write` with the copy in the background."""
         self.wait()
         spare, self._copies = self._copies, {}
+        sources: list[torch.Tensor] = []  # alive until all are copied, or two may share an address
 
         def copy(tensor: torch.Tensor) -> torch.Tensor:
+            sources.append(tensor)
             # Tied tensors stay tied; a view does not drag along all of its storage.
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
             if key not in self._copies:
@@ -275,7 +283,7 @@ def _newest(path: Path, read_only: bool) -> tuple[Path, StateDict] | None:
             continue
         try:
             state = read(candidate)
-        except (OSError, CheckpointError) as error:
+        except (OSError, MemoryError, CheckpointError) as error:
             raise CheckpointError(f"{candidate} can't be read: {error}") from error
         except Exception as error:
             damaged[candidate] = str(error).splitlines()[0]
@@ -300,6 +308,8 @@ def _within(path: Path, latest: Path | None) -> tuple[Path, StateDict] | None:
     epoch = _load(latest, mmap=True)["checkpoint"]["epoch"] if latest else 0
     try:
         about, state = _load(file, mmap=True)["checkpoint"], read(file)
+    except MemoryError:
+        raise
     except Exception as error:
         where = _set_aside(file)
         logger.warning("Damaged: %s, kept as %s: %s", file, where.name, error)

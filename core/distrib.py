@@ -88,11 +88,16 @@ def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         _finish(work, tensor, f"all_reduce of {_describe(tensor)}")
 
 
-def gather_objects(obj: T) -> list[T]:
-    """Return the objects of all ranks, by rank. They travel pickled: keep them small."""
+def gather_objects(obj: T, name: str = "gather_objects") -> list[T]:
+    """Return the objects of all ranks, by rank. They travel pickled: keep them small.
+
+    Args:
+        obj: anything that can be pickled.
+        name: of what is being done, for the message if ranks disagree.
+    """
     if not is_distributed():
         return [obj]
-    meet("gather_objects")
+    meet(name)
     objects: list[Any] = [None] * world_size()
     dist.all_gather_object(objects, obj)
     return objects
@@ -123,7 +128,7 @@ def average_metrics(metrics: Mapping[str, Any], count: float = 1.0) -> dict[str,
     mine = {k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in metrics.items()}
     if not is_distributed():
         return mine
-    for values, weight in gather_objects((mine, float(count))):
+    for values, weight in gather_objects((mine, float(count)), "average_metrics"):
         for name, value in values.items() if weight else ():
             sums[name] = sums.get(name, 0.0) + value * weight
             counts[name] = counts.get(name, 0.0) + weight

@@ -44,7 +44,7 @@ def set_epoch(epoch: int) -> None:
 def split_batch(batch_size: int) -> int:
     """Return this rank's share of a global batch size; UserError if ranks can't share it."""
     share, rest = divmod(batch_size, distrib.world_size())
-    if rest or not share:
+    if rest or share < 1:
         raise UserError(
             f"batch size {batch_size}: it must be a positive multiple of the number of processes, "
             f"which is {distrib.world_size()}"
@@ -168,7 +168,7 @@ class EpochSampler(Sampler[int]):
         order = self._stretch(*self._last) if self.examples else self._whole(*self._last)
         skipped, self._skip = self._skip, 0
         ranks = distrib.world_size()
-        return itertools.islice(order, distrib.rank() + skipped * ranks, None, ranks)
+        yield from itertools.islice(order, distrib.rank() + skipped * ranks, None, ranks)
 
     def _whole(self, epoch: int, passes: int) -> Iterable[int]:
         """All examples; when shuffling, some again so that the ranks' shares are equal."""

@@ -18,7 +18,7 @@ from .formatter import Formatter
 from .state import plain
 from .trackers import LocalFiles, TensorBoard, Tracker, WandB
 from .trackers.base import check_audio, check_image
-from .utils import UserError
+from .utils import UserError, length
 from .xp import XP, get_xp
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ def setup_logging(
 
     Ranks above zero write their file in full, and to stderr warnings and errors only. An exception
     that nobody catches is logged as well, and shown by rank zero; of a `UserError`, one line.
-    Calling it again replaces what the last call set up.
+    Replaces what an earlier call, Hydra or `logging.basicConfig` set up.
 
     Args:
         with_file_log: write the file.
@@ -65,7 +65,8 @@ def setup_logging(
     """
     root = logging.getLogger()
     root.setLevel(level)
-    for handler in [h for h in root.handlers if isinstance(h.formatter, _LineFormatter)]:
+    usual = logging.StreamHandler, logging.FileHandler, _Terminal
+    for handler in [h for h in root.handlers if type(h) in usual]:
         root.removeHandler(handler)
         handler.close()
     stderr = _Terminal() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
@@ -267,14 +268,6 @@ class LogProgressBar(Generic[T]):
         return f"{seconds:.2f} sec/it" if seconds >= 1 else f"{1000 * seconds:.1f} ms/it"
 
 
-def length(iterable: Any) -> int | None:
-    """The number of items, if it is known."""
-    try:
-        return len(iterable)
-    except TypeError:
-        return None
-
-
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -402,18 +395,22 @@ class ResultLogger:
     def log_audio(self, stage: str, key: str, audio: Any, sample_rate: int, step: int) -> None:
         """Log audio `[C, T]`, floats in -1..1."""
         audio = check_audio(audio)
-        self._send(lambda tracker: tracker.log_audio(stage, key, audio, sample_rate, step), step)
+        self._send(
+            lambda tracker: tracker.log_audio(stage, key, audio, sample_rate, step),
+            step,
+            media=True,
+        )
 
     def log_image(self, stage: str, key: str, image: Any, step: int) -> None:
         """Log an image `[C, H, W]`, floats in 0..1 or bytes."""
         image = check_image(image)
-        self._send(lambda tracker: tracker.log_image(stage, key, image, step), step)
+        self._send(lambda tracker: tracker.log_image(stage, key, image, step), step, media=True)
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
         """Log a text."""
         if not isinstance(text, str):
             raise ValueError(f"log_text: a text must be a str, not a {type(text).__name__}")
-        self._send(lambda tracker: tracker.log_text(stage, key, text, step), step)
+        self._send(lambda tracker: tracker.log_text(stage, key, text, step), step, media=True)
 
     def get_log_progress_bar(
         self,
@@ -460,10 +457,14 @@ class ResultLogger:
         parts += format_items(metrics, formatter or Formatter(), self._items_delimiter)
         self._logger.log(self._level, bold(f" {self._delimiter} ".join(parts)))
 
-    def _send(self, log: Callable[[Tracker], None], epoch: int | None = None) -> None:
+    def _send(
+        self, log: Callable[[Tracker], None], epoch: int | None = None, media: bool = False
+    ) -> None:
         if epoch is not None and self._resumed is None:
             self.resume(epoch)
         for tracker in self.trackers:
+            if media and not tracker.with_media_logging:
+                continue
             try:
                 log(tracker)
             except Exception as error:
@@ -479,5 +480,7 @@ class ResultLogger:
 
 def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Convert metrics to plain numbers: tensors and NumPy values of one element too."""
+    if taken := {"stage", "epoch", "step"} & metrics.keys():
+        raise ValueError(f"a metric is called {', '.join(taken)}, as a column of metrics.jsonl is")
     values = plain(metrics, "metrics")
     return {n: v.tolist() if isinstance(v, torch.Tensor) else v for n, v in values.items()}

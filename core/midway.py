@@ -5,17 +5,40 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from . import distrib, preemption
 from .loader import EpochSampler
 from .state import StateDict, get_generators, set_generators
-from .utils import Averages, UserError
+from .utils import Averages, UserError, length
 from .xp import Preempted
 
 T = TypeVar("T")
 
 _LAST = 2**62  # after all steps of a loop
+
+
+@dataclass
+class Loop(Generic[T]):
+    """A loop within which a run can stop and resume; it ends where its `for` statement does.
+
+    Args:
+        midway: of the run.
+        iterable: the data.
+        name: of the entry in `steps` to count in.
+        steps: begun since the run began, by stage.
+    """
+
+    midway: Midway
+    iterable: Iterable[T]
+    name: str
+    steps: dict[str, int]
+
+    def __iter__(self) -> Iterator[T]:
+        return self.midway.loop(self.iterable, self.name, self.steps)
+
+    def __len__(self) -> int:
+        return len(self.iterable)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -47,8 +70,7 @@ class Midway:
         """Forget the last epoch."""
         self._epoch = epoch
         self._done: list[tuple[str, dict[str, Any]]] = []
-        self._given = 0  # of those that were done before the run resumed, and asked for again
-        self._resumed = 0
+        self._replay: list[tuple[str, dict[str, Any]]] = []  # done before the run resumed
         self._saved: StateDict | None = None  # of the stage that was interrupted
         self._stage: _Stage | None = None
         self._depth = 0
@@ -57,16 +79,16 @@ class Midway:
 
     def done_before(self, name: str) -> dict[str, Any] | None:
         """The metrics of the stage that is next, if it was done before the run resumed."""
-        if self._given == self._resumed:
+        if not self._replay:
             return None
-        then, metrics = self._done[self._given]
+        then, metrics = self._replay[0]
         if then != name:
             raise UserError(
                 f"the run stopped in epoch {self._epoch} after stage {then!r}, and now comes "
                 f"{name!r} in its place: run the same stages in the same order, or delete "
                 "midway.th in its folder to resume after the last commit"
             )
-        self._given += 1
+        self._done.append(self._replay.pop(0))
         return metrics
 
     def start_stage(self) -> float:
@@ -82,7 +104,6 @@ class Midway:
     def stage_done(self, name: str, metrics: dict[str, Any]) -> None:
         """Note that the stage that is running is done, and what it returned."""
         self._done.append((name, metrics))
-        self._given = self._resumed = len(self._done)
 
     def leave_stage(self) -> None:
         """Forget the stage that was running, be it done or not."""
@@ -114,10 +135,8 @@ class Midway:
     def loop(self, iterable: Iterable[T], name: str, steps: dict[str, int]) -> Iterator[T]:
         """Iterate, from where the loop was; raise Preempted between two steps if asked to stop.
 
-        Args:
-            iterable: the data.
-            name: of the entry in `steps` to count in.
-            steps: begun so far, since the run began.
+        See `Loop` for the arguments. There is no stop after the last step, if that is known: what
+        follows the loop may need what a step defined.
         """
         steps.setdefault(name, 0)
         stage = self._stage
@@ -131,6 +150,7 @@ class Midway:
         if self._saved is not None and stage.loop < self._saved["loop"]:
             return
         self._depth += 1
+        last = length(iterable)
         try:
             iterator = self._begin(stage, iterable, before)
             where = self._epoch, len(self._done), stage.loop
@@ -141,7 +161,7 @@ class Midway:
                 steps[name] += 1
                 yield item
                 stage.step += 1
-                if preemption.stop_here(where, stage.step):
+                if stage.step != last and preemption.stop_here(where, stage.step):
                     _stop(stage)
         finally:
             self._depth -= 1
@@ -169,6 +189,11 @@ class Midway:
 
     # ------------------------------------------------------------------------------------- state
 
+    @property
+    def can_resume(self) -> bool:
+        """Would the stage that is running be resumed exactly? One without averages has others."""
+        return self._stage is not None and bool(self._stage.averages)
+
     def state_dict(self) -> StateDict:
         """All ranks must call it, and be in the same stage or in none."""
         stage, running = self._stage, None
@@ -186,13 +211,12 @@ class Midway:
                 "seconds": time.monotonic() - stage.begun,
                 "ranks": distrib.gather_objects(mine),
             }
-        return {"epoch": self._epoch, "done": list(self._done), "stage": running}
+        return {"epoch": self._epoch, "done": [*self._done, *self._replay], "stage": running}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Resume from there."""
         self.start_epoch(state["epoch"])
-        self._done = [(name, dict(metrics)) for name, metrics in state["done"]]
-        self._resumed = len(self._done)
+        self._replay = [(name, dict(metrics)) for name, metrics in state["done"]]
         self._saved = state["stage"]
 
 

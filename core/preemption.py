@@ -20,7 +20,8 @@ from . import process_group
 SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 ]
-REPEAT = 1.0  # seconds in which a second signal is taken for the same request
+REPEAT = 10.0  # seconds in which another signal is taken for the same request: a collective may
+# hold up the first one for a while
 POLL = 0.5  # seconds between looks at whether another rank was asked
 ANSWER = 30.0  # seconds in which all ranks must notice that one was asked
 

@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds in one collective after which a rank tells the others where it is.
 PATIENCE = 2.0
+# Seconds in which a process whose launcher is gone must have saved.
+GRACE = 60.0
 
 
 # ------------------------------------------------------------------------------------ who am I
@@ -113,7 +116,7 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
         torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
     elif "OMP_NUM_THREADS" not in os.environ:
         # Processes that each take all cores slow one another down manyfold.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here.local_world_size))
+        torch.set_num_threads(max(1, torch.get_num_threads() // here.local_world_size))
     _store = _join(here, backend, timedelta(seconds=timeout))
     atexit.register(_leave_at_exit)
     if sys.version_info < (3, 12):
@@ -168,7 +171,7 @@ def _rendezvous(here: Place) -> str:
 
 
 def _end_with_launcher() -> None:
-    """End this process if what started it, Dora or torchrun, is killed: else it trains unseen."""
+    """Stop this process if what started it, Dora or torchrun, is killed: else it trains unseen."""
     if rendezvous_file() is None and "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = os.getppid()
@@ -176,7 +179,9 @@ def _end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(1)
-        os._exit(1)  # the training may be deep in a collective; a checkpoint is safe at any time
+        os.kill(os.getpid(), signal.SIGTERM)  # a request to stop, and to save
+        time.sleep(GRACE)
+        os._exit(1)  # it may be stuck in a collective; a checkpoint is safe at any time
 
     threading.Thread(target=watch, daemon=True, name="launcher").start()
 

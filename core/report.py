@@ -155,8 +155,9 @@ def columns(runs: Sequence[Run], of: str) -> list[str]:
 
 
 def choose(names: Sequence[str]) -> list[str]:
-    """Metrics for a narrow table: those of the last stage, without its duration."""
-    stage = names[0].partition(".")[0] if names else ""
+    """Metrics for a narrow table: those of `valid`, else of the last stage; without durations."""
+    stages = [name.partition(".")[0] for name in names]
+    stage = "valid" if "valid" in stages else "".join(stages[:1])
     return [n for n in names if n.startswith(f"{stage}.") and not n.endswith(".duration")]
 
 

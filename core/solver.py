@@ -9,21 +9,23 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from . import checkpoint, distrib, loader, preemption
 from .formatter import Formatter
-from .logging import LogProgressBar, ResultLogger, length, to_numbers
-from .midway import Midway
+from .logging import LogProgressBar, ResultLogger, to_numbers
+from .midway import Loop, Midway
 from .state import AttributeWrapper, Records, RNGState, StateDict, StateManager, plain, summary
 from .utils import Averages, UserError, flatten
-from .xp import XP, FolderXP, HistoryFile, Preempted, get_xp, in_signature, resume_command
+from .xp import XP, FolderXP, HistoryFile, Preempted, get_xp, in_signature, lock, resume_command
 
 T = TypeVar("T")
 
 ALLOW_CONFIG_CHANGE = "ALLOW_CONFIG_CHANGE"  # name of an environment variable
+LOCK_SECONDS = 10.0  # to wait for the end of another process that trains the run
 
 
 class BaseSolver:
@@ -54,6 +56,7 @@ class BaseSolver:
         self._midway = Midway()
         self.stateful.register("midway", self._midway)
         self._writer = checkpoint.Writer()
+        self._lock = lock(self.xp)
         self._restored = False
         self._current_stage: str | None = None
         self._start_epoch()
@@ -113,6 +116,27 @@ class BaseSolver:
         if failed := distrib.broadcast_object(str(error) if error else ""):
             raise error or checkpoint.CheckpointError(failed)
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the run's lock on rank zero; all ranks raise if another process has it."""
+        free = True
+        try:
+            if distrib.is_rank_zero():
+                self._lock.acquire(timeout=LOCK_SECONDS)
+        except TimeoutError:
+            free = False
+        except (OSError, NotImplementedError) as error:  # some file systems know no locks
+            self.logger.warning("Two processes could train this run: no lock, %s", error)
+        try:
+            if not distrib.broadcast_object(free):
+                raise UserError(
+                    f"run {self.xp.sig} is training in another process: wait for its end, or stop "
+                    "it first"
+                )
+            yield
+        finally:
+            self._lock.release()
+
     def _save(self, state: StateDict) -> None:
         if not distrib.is_rank_zero():
             return
@@ -128,6 +152,14 @@ class BaseSolver:
         """Save what was done of this epoch; all ranks stopped after the same step."""
         self.result_logger.flush()
         self.wait()
+        if not self._midway.can_resume:
+            self.logger.warning(
+                "Stopped by %s in epoch %d, which will be repeated: %s has no self.averager()",
+                preemption.asked(),
+                self.epoch,
+                self.current_stage,
+            )
+            return
         state = self.state_dict()
         state["midway"]["pending"] = plain(self._pending_metrics)
         error = ""
@@ -140,7 +172,11 @@ class BaseSolver:
             raise checkpoint.CheckpointError(error)
         step = state["midway"]["stage"]["step"]
         text = f"step {step} of {self.current_stage} in epoch {self.epoch}"
-        self.logger.warning("Stopped by %s after %s: saved", preemption.asked(), text)
+        self.logger.warning(
+            "Stopped by %s after %s: saved. The same command resumes there",
+            preemption.asked(),
+            text,
+        )
 
     def restore(self, strict: bool = True, read_only: bool = False) -> bool:
         """Resume from the latest checkpoint; return whether there is one. All ranks must call it.
@@ -168,7 +204,7 @@ class BaseSolver:
                 self.logger.warning("No checkpoint of %s: training that again", lost)
             self._publish(self.history)
             self._start_epoch()
-            self._pending_metrics.update(state["midway"].get("pending", {}))
+            self._pending_metrics.update(state.get("midway", {}).get("pending", {}))
             self.result_logger.resume(self.epoch, self._pending_metrics, self.steps)
             self.replay_history()
             self._restored = True
@@ -183,7 +219,9 @@ class BaseSolver:
         changes = {
             key: f"{key}: {then.get(key, 'absent')} -> {now.get(key, 'absent')}"
             for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key) and not key.startswith(("dora.", "slurm."))
+            if repr(then.get(key)) != repr(now.get(key))
+            and then.get(key) != now.get(key)
+            and not key.startswith(("dora.", "slurm."))
         }
         refused = [t for key, t in changes.items() if key in then and in_signature(self.xp, key)]
         if refused and strict and not os.environ.get(ALLOW_CONFIG_CHANGE):
@@ -394,7 +432,7 @@ class BaseSolver:
 
         Asked to stop, by SIGTERM, SIGUSR1, SIGUSR2 or Slurm, the run does so between two steps, and
         resumes there when it is started again: what one step leaves to the next must be state, or
-        in averages of `averager`.
+        in averages of `self.averager()`. In a stage without such averages, it repeats the epoch.
 
         Args:
             stage_name: shown in the lines.
@@ -405,9 +443,9 @@ class BaseSolver:
         """
         return self.result_logger.get_log_progress_bar(
             stage_name,
-            self._midway.loop(iterable, stage_name, self.steps),
+            Loop(self._midway, iterable, self._current_stage or stage_name, self.steps),
             updates=updates,
-            total=total if total is not None else length(iterable),
+            total=total,
             done=self._midway.steps_before(),
             step=self.epoch,
             step_name="epoch",
@@ -460,12 +498,12 @@ class BaseSolver:
 
 
 def _managed(run: Callable[..., T]) -> Callable[..., T]:
-    """Let `run` take signals as requests to stop, and end when all commits are on disk."""
+    """Let `run` be the only one, take signals as requests to stop, and end with all on disk."""
 
     @functools.wraps(run)
     def wrapped(self: BaseSolver, *args: Any, **kwargs: Any) -> T:
         try:
-            with preemption.listening():
+            with self._locked(), preemption.listening():
                 result = run(self, *args, **kwargs)
         except BaseException:
             try:
@@ -474,6 +512,11 @@ def _managed(run: Callable[..., T]) -> Callable[..., T]:
                 self.logger.error("%s", error)
             raise
         self.wait()
+        if self._pending_metrics:
+            self.logger.warning(
+                "Epoch %d was not committed, so nothing of it is kept: end it with self.commit()",
+                self.epoch,
+            )
         return result
 
     return wrapped

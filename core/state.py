@@ -100,21 +100,38 @@ class AttributeWrapper:
             setattr(parent, last, state)
 
     def reconcile(self, state: Any) -> tuple[Any, list[str]]:
-        """What of a state can be loaded, and by name what can't; for all but modules, all can."""
+        """What of a state can be loaded, and by name what can't; only weights are compared."""
         value = self.value
-        if not (isinstance(value, nn.Module) and isinstance(state, Mapping)):
-            return state, []
-        usable = module_state(value)
-        problems = [f"{self.name}.{k}: unexpected" for k in state.keys() - usable.keys()]
-        for key, own in usable.items():
-            if key not in state:
-                problems.append(f"{self.name}.{key}: missing")
-            elif _shape(own) not in (None, _shape(state[key])):
-                shapes = f"{_shape(state[key])} in the checkpoint, {_shape(own)} here"
-                problems.append(f"{self.name}.{key}: {shapes}")
-            else:
-                usable[key] = state[key]
-        return usable, sorted(problems)
+        if isinstance(value, nn.Module):
+            return _reconcile(module_state(value), state, self.name)
+        if isinstance(value, EMA):
+            found = {
+                n: _reconcile(dict(own), state.get(n, {}), f"{self.name}.{n}")
+                for n, own in value.states.items()
+            }
+            return {n: usable for n, (usable, _) in found.items()}, [
+                problem for _, problems in found.values() for problem in problems
+            ]
+        return state, []
+
+    @property
+    def follows_weights(self) -> bool:
+        """Is the state of no use without the very weights that it was saved with?"""
+        return isinstance(self.value, (torch.optim.Optimizer, Best))
+
+
+def _reconcile(usable: Any, state: Mapping[str, Any], name: str) -> tuple[Any, list[str]]:
+    """Replace in our own tensors those that a state has too; list what differs."""
+    problems = [f"{name}.{key}: unexpected" for key in state.keys() - usable.keys()]
+    for key, own in usable.items():
+        if key not in state:
+            problems.append(f"{name}.{key}: missing")
+        elif _shape(own) not in (None, _shape(state[key])):
+            shapes = f"{_shape(state[key])} in the checkpoint, {_shape(own)} here"
+            problems.append(f"{name}.{key}: {shapes}")
+        else:
+            usable[key] = state[key]
+    return usable, sorted(problems)
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
@@ -266,11 +283,15 @@ class StateManager:
         problems = [f"{n}: missing" for n in sorted(readable.keys() - state.keys())]
         problems += [f"{n}: unexpected" for n in sorted(state.keys() - self.sources.keys())]
         usable = {name: state[name] for name in readable if name in state}
-        for name, value in usable.items():
-            if isinstance(source := readable[name], AttributeWrapper):
-                usable[name], found = source.reconcile(value)
-                problems += found
-        if problems:
+        attributes = {n: s for n, s in readable.items() if isinstance(s, AttributeWrapper)}
+        differ: list[str] = []
+        for name in attributes.keys() & usable.keys():
+            usable[name], found = attributes[name].reconcile(usable[name])
+            differ += found
+        for name in [n for n, s in attributes.items() if differ and s.follows_weights]:
+            if usable.pop(name, None) is not None:
+                differ.append(f"{name}: of other weights")
+        if problems := problems + sorted(differ):
             if strict:
                 raise UserError(
                     f"the checkpoint does not fit this code: {'; '.join(problems)}. Go back to the "

@@ -26,7 +26,7 @@ import torch
 
 from .logging import plain_text
 from .utils import UserError, write_and_rename
-from .xp import Grid
+from .xp import Grid, lock
 
 TAIL = 15  # lines of the log of a run that failed
 GRACE = 60.0  # seconds for runs to stop in, once that is asked
@@ -45,7 +45,6 @@ class Worker:
     def __init__(self, xp: Any, command: list[str], cwd: Path, env: dict[str, str]) -> None:
         self.xp = xp
         self.log = xp.folder / "sweep.log"
-        xp.folder.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             # Held by the process that writes there for as long as it lives, whether we do or not.
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,7 +113,7 @@ class Sweep:
                     self.show()
                     shown, told = states, time.monotonic()
                 time.sleep(0.1)
-        except KeyboardInterrupt:
+        except BaseException:  # also a mistake in the explorer: nothing is to train unseen
             self._stop()
             raise
         if not shown:
@@ -151,8 +150,11 @@ class Sweep:
             env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.workers))
         command = [*self.command, *flags, *xp.argv]
         try:
+            xp.folder.mkdir(parents=True, exist_ok=True)
+            with lock(xp).acquire(timeout=0):
+                pass  # else some `dora run` has it
             self.running[xp.sig] = Worker(xp, command, self.cwd, env)
-        except BlockingIOError:
+        except (BlockingIOError, TimeoutError):
             print(f"Run {xp.sig} is training in another process: left alone", flush=True)
             self.grid.states[xp.sig] = "ELSEWHERE"
             self.free += self.used.pop(xp.sig, [])

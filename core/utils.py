@@ -126,13 +126,22 @@ class Averages(Mapping[str, float]):
         return self._seen
 
     def __getitem__(self, name: str) -> float:
-        return self._look()[name]
+        known = self._look()
+        if name not in known and f"{name}.nonfinite" in known:
+            raise KeyError(f"{name}: all of its values were NaN or infinite")
+        return known[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._look())
 
     def __len__(self) -> int:
         return len(self._look())
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self, **other}
+
+    def __setitem__(self, name: str, value: object) -> NoReturn:
+        raise TypeError(f"averages are read-only: to set {name}, make a dict(...) of them")
 
     def __repr__(self) -> str:
         return repr(self._look())
@@ -142,7 +151,7 @@ def _row(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A copy of tensors of one element, `[values]`, on their device."""
     values = [value.detach() for value in tensors.values()]
     alike = len({(v.dtype, v.shape, v.device) for v in values}) == 1
-    if alike and not values[0].ndim:
+    if alike and not values[0].ndim and values[0].is_floating_point():
         return torch.stack(values)
     for name, value in tensors.items():
         if value.numel() != 1:
@@ -157,6 +166,14 @@ def _refuse(name: str, value: object) -> NoReturn:
     raise ValueError(
         f"average of {name}: a metric is a number or a tensor of one element, not {what}"
     ) from None
+
+
+def length(iterable: Any) -> int | None:
+    """The number of items, if it is known."""
+    try:
+        return len(iterable)
+    except TypeError:
+        return None
 
 
 def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,27 +24,18 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 from .utils import UserError, flatten, write_and_rename
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 
 History = list[dict[str, Any]]
 
 NEW_KEY = "a new one has its type in schema.py and its value in config.yaml"
-
-
-class Link(Protocol):
-    """How a run tells the world its history."""
-
-    history: History
-
-    def load(self) -> None:
-        """Read what was published last, if anything."""
-
-    def update_history(self, history: History) -> None:
-        """Replace the published history."""
 
 
 class XP(Protocol):
@@ -142,6 +133,13 @@ def get_xp() -> XP:
     return xp
 
 
+def lock(xp: XP) -> FileLock:
+    """What a process holds while it trains a run: two would overwrite each other's files."""
+    from filelock import FileLock
+
+    return FileLock(xp.folder / ".lock")
+
+
 def in_signature(xp: XP, key: str) -> bool:
     """Does a (dotted) key of the config tell this run from others?"""
     dora = getattr(xp, "dora", None)
@@ -216,11 +214,15 @@ def _main_class(typed: bool) -> Any:
             if typed:
                 _refuse_new_keys(argv, known)
             try:
-                return super().get_xp(argv)
+                xp = super().get_xp(argv)
             except Exception as error:
                 raise SystemExit(f"Config error: {_one_line(error, known)}") from None
+            if (asked := vars(self).pop("_asked", xp.sig)) != xp.sig:
+                logger.warning("Run %s with these overrides is another run: %s", asked, xp.sig)
+            return xp
 
         def get_argv_from_sig(self, sig: str) -> Any:
+            self._asked = sig
             try:
                 return super().get_argv_from_sig(sig)
             except RuntimeError:
@@ -300,7 +302,6 @@ def _run(main: Callable[[Any], Any]) -> Any:
         return main(get_xp().cfg)
     except Preempted as stopped:
         _requeue(by=str(stopped))
-        logger.warning("The same command resumes with the next step.")
         raise SystemExit(130) from None
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other processes were told as well

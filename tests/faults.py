@@ -237,6 +237,8 @@ def launcher_of_two_ranks_killed(run: Run, rng: random.Random) -> None:
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < deadline, "orphans train on"
         time.sleep(0.1)
+    [log] = run.outputs.glob("xps/*/solver.log.0")
+    assert "Stopped by SIGTERM after step" in log.read_text()
 
 
 def bit_flipped(run: Run, rng: random.Random) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -173,6 +174,39 @@ def test_what_is_kept(policy: Policy, kept: list[int], path: Path) -> None:
     assert list(checkpoint.older(path)) == kept
     for epoch, file in checkpoint.older(path).items():
         assert checkpoint.read(file)["epoch"] == epoch
+
+
+def test_arrays_that_are_converted_for_a_moment_are_not_confused(path: Path) -> None:
+    writer = checkpoint.Writer()
+    state = {str(value): np.full(1000, value) for value in range(8)}
+    writer.submit(state, lambda copied: checkpoint.save(copied, path))
+    writer.wait()
+    saved = checkpoint.read(path)
+    assert all((saved[str(value)] == value).all() for value in range(8))
+
+
+def test_without_hard_links_older_checkpoints_are_copies(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for epoch in (1, 2):
+        checkpoint.save({"epoch": epoch}, path, history(*[1.0] * epoch))
+    assert checkpoint.read(checkpoint.older(path)[1])["epoch"] == 1
+
+
+def test_too_little_memory_is_no_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save({"epoch": 1}, path, history(1.0))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(CheckpointError, match="can't be read: no memory"):
+        checkpoint.load(path)
+    assert path.exists()
 
 
 def test_a_best_metric_that_nobody_logs_is_said(

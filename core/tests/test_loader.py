@@ -173,7 +173,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="batch_sampler, is not shared"):
         loader.loader(Numbers(3), batch_sampler=[[0], [1, 2]])
     with pytest.raises(ValueError, match=r"Half\.order gave 1 indices for 3 examples: one each"):
-        iter(loader.loader(Numbers(3), sampler=Half).sampler)
+        list(loader.loader(Numbers(3), sampler=Half).sampler)
     be_rank(monkeypatch, 0, 2)
     assert loader.split_batch(8) == 4
     with pytest.raises(UserError, match="positive multiple"):

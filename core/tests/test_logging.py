@@ -218,6 +218,11 @@ def test_averages() -> None:
     moving = averager(beta=0.5)
     moving({"a": 0.0})
     assert moving({"a": 3.0})["a"] == 2.0
+    assert found | {"c": 1} == {**found, "c": 1}
+    with pytest.raises(TypeError, match=r"to set c, make a dict\(\.\.\.\) of them"):
+        found["c"] = 1
+    with pytest.raises(KeyError, match="bad: all of its values were NaN or infinite"):
+        averager()({"bad": float("nan")})["bad"]
     with pytest.raises(ValueError, match=r"average of x: .* one element, not a tensor \[2\]"):
         average({"x": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"average of x: a metric is a number .*, not 'high'"):
@@ -448,6 +453,20 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert media == {"audio-file", "image-file", "table-file"}
         time.sleep(1)  # W&B names a folder by the second
     assert numbers == sorted(set(numbers)), "steps go backwards"
+
+
+def test_two_runs_of_a_process_are_two_pages_of_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for sig in ("one", "two"):
+        tracker = WandB(FolderXP(tmp_path / sig), project="p")
+        tracker.log_metrics("train", {"loss": 1.0}, 1)
+        assert tracker._opened.id == sig
+    tracker._opened.finish()
+    assert list((tmp_path / "two").glob("wandb/offline-run-*-two"))
 
 
 def test_wandb_without_a_server(tmp_path: Path, said: list[str]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from .. import BaseSolver, checkpoint, distrib
+from .. import BaseSolver, averager, checkpoint, distrib, preemption
 from ..loader import loader
 from ..state import EMA
 from ..xp import Preempted
@@ -151,15 +151,107 @@ def test_a_stopped_run_goes_on_with_the_next_step(tmp_path: Path, kind: dict[str
     assert not (tmp_path / "stopped" / "midway.th").exists()
 
 
-def test_a_stop_can_come_after_the_last_step(tmp_path: Path) -> None:
+def test_after_the_last_step_the_stage_ends_before_the_stop(tmp_path: Path) -> None:
     solver_of(tmp_path / "whole").run()
     solver = solver_of(tmp_path / "stopped")
     solver.stop_at = {(1, "train", 10)}
     with pytest.raises(Preempted):
         solver.run()
-    assert [row["step"] for row in curves(tmp_path / "stopped")] == list(range(1, 12))
+    rows = curves(tmp_path / "stopped")
+    assert [row.get("step", "summary") for row in rows] == [*range(1, 12), "summary"]
     solver_of(tmp_path / "stopped").run()
     assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+class Loops(BaseSolver):
+    """Stages that are left early, or average on their own."""
+
+    def __init__(self, folder: Path, stop: bool = False, averages: bool = True) -> None:
+        super().__init__(folder)
+        self.stop = stop
+        self.averages = averages
+        self.seen: list[tuple[str, int]] = []
+
+    def run(self) -> None:
+        self.restore()
+        self.run_stage("train", self.train)
+        self.commit()
+
+    def train(self) -> dict[str, float]:
+        average = self.averager() if self.averages else averager()
+        self.bar = self.log_progress("train", range(9))
+        for step in self.bar:
+            self.seen.append(("first", step))
+            if step == 3:
+                break
+        for step in self.log_progress("trian", range(6)):  # a slip that costs nothing
+            self.seen.append(("second", step))
+            average({"x": step})
+            self.log_step({"x": step}, every=2)
+            if self.stop and step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return dict(average)
+
+
+def test_a_loop_that_was_left_early_leaves_the_next_one_to_stop(tmp_path: Path) -> None:
+    solver = Loops(tmp_path, stop=True)
+    with pytest.raises(Preempted):
+        solver.run()
+    assert solver.seen[-1] == ("second", 2)
+    solver = Loops(tmp_path)
+    solver.run()
+    assert solver.seen == [("second", 3), ("second", 4), ("second", 5)]
+    assert solver.history[0]["train"]["x"] == 2.5
+    assert [row["step"] for row in curves(tmp_path) if "step" in row] == [6, 8, 10]
+
+
+def test_without_averages_of_the_solver_the_epoch_is_repeated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Preempted):
+        Loops(tmp_path, stop=True, averages=False).run()
+    assert not (tmp_path / "midway.th").exists()
+    assert "Stopped by SIGTERM in epoch 1, which will be repeated: train has no" in caplog.text
+    solver = Loops(tmp_path, averages=False)
+    solver.run()
+    assert len(solver.seen) == 4 + 6
+    assert solver.history[0]["train"]["x"] == 2.5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_without_batches_resumes_with_the_next_example(
+    tmp_path: Path, workers: int
+) -> None:
+    class Single(BaseSolver):
+        def run(self) -> None:
+            self.restore()
+            self.run_stage("train", self.train)
+
+        def train(self) -> dict[str, float]:
+            self.seen: list[int] = []
+            average = self.averager()
+            data = loader(Numbers(), None, shuffle=True, num_workers=workers)
+            for number in self.log_progress("train", data):
+                self.seen.append(int(number))
+                average({"x": number})
+                if len(self.seen) == stop:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return dict(average)
+
+    stop, first = 5, Single(tmp_path)
+    with pytest.raises(Preempted):
+        first.run()
+    stop, second = 0, Single(tmp_path)
+    second.run()
+    assert sorted(first.seen + second.seen) == list(range(12))
+
+
+class Numbers(Dataset[int]):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> int:
+        return index
 
 
 def test_a_damaged_stop_costs_no_more_than_the_epoch(
@@ -202,7 +294,11 @@ def test_another_order_of_stages_is_refused(tmp_path: Path) -> None:
         solver.run_stage("valid", solver.valid)
 
 
-def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_ends_the_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preemption, "REPEAT", 1.0)
+
     class Stubborn(Solver):
         def loop(self, name: str, scale: Any = 1.0, learn: bool = True) -> dict[str, float]:
             for _ in self.log_progress(name, range(2)):

@@ -66,7 +66,7 @@ def _go_wrong(how: str) -> tuple[str, float]:
         ("calls something else", "rank 1 in broadcast_object from rank 0"),
         (
             "has a batch less",
-            "rank 0 is in sync_gradients of 4 parameters; rank 1 in gather_objects",
+            "rank 0 is in sync_gradients of 4 parameters; rank 1 in average_metrics",
         ),
         (
             "has another parameter",

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from .. import BaseSolver, averager, checkpoint
+from .. import BaseSolver, averager, checkpoint, solver
 from ..state import EMA, Best, seed_everything
 from ..utils import UserError
 from ..xp import FolderXP
@@ -280,6 +280,58 @@ def test_lost_epochs_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert solver.restore()
     assert "No checkpoint of epoch 3: training that again" in caplog.text
     assert len(json.loads((tmp_path / "history.json").read_text())) == 2
+
+
+def test_what_was_not_committed_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Forgetful(Solver):
+        def run(self) -> None:
+            self.run_stage("train", self.train)
+
+    Solver(tmp_path / "good").run()
+    assert "committed" not in caplog.text
+    Forgetful(tmp_path / "bad").run()
+    assert "Epoch 1 was not committed, so nothing of it is kept" in caplog.text
+
+
+def test_two_processes_do_not_train_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solver, "LOCK_SECONDS", 0.2)
+
+    class Nested(Solver):
+        def run(self) -> None:
+            super().run()  # its own lock is not in its way
+            with pytest.raises(UserError, match=r"run \S+ is training in another process: wait"):
+                Solver(tmp_path).run()
+
+    Nested(tmp_path, epochs=1).run()
+    Solver(tmp_path, epochs=2).run()
+    assert len(json.loads((tmp_path / "history.json").read_text())) == 2
+
+
+def test_names_of_columns_are_no_metrics(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"a metric is called epoch, as a column of metrics\.jsonl"
+    ):
+        Solver(tmp_path).log_metrics("train", {"epoch": 3})
+
+
+def test_what_fits_of_a_changed_model_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Kept(tmp_path).run()
+    with pytest.raises(UserError, match=r"ema\.model\.0\.weight: \(8, 4\) in the checkpoint"):
+        Kept(tmp_path, width=16).restore()
+    changed = Kept(tmp_path, width=16)
+    assert changed.restore(strict=False)
+    assert "optim: of other weights" in caplog.text
+    assert "best: of other weights" in caplog.text
+    saved = torch.load(tmp_path / "checkpoint.th")
+    assert torch.equal(changed.model[2].bias, saved["model"]["2.bias"])
+    assert torch.equal(changed.ema.states["model"]["2.bias"], saved["ema"]["model"]["2.bias"])
+    changed.run_stage("train", changed.train)
+    with changed.ema.swapped():
+        pass
 
 
 def test_unknown_tracker_and_missing_run(tmp_path: Path) -> None:

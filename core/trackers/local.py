@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ class LocalFiles(Tracker):
             json.dump({"params": params, "metrics": metrics}, file, indent=2, default=str)
 
     def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        self._write({"stage": stage, "epoch": step, **metrics})
+        self._write({**metrics, "stage": stage, "epoch": step})
 
     def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
-        self._write({"stage": stage, "epoch": epoch, "step": step, **metrics})
+        self._write({**metrics, "stage": stage, "epoch": epoch, "step": step})
 
     def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int]) -> None:
         def keep(row: dict[str, Any]) -> bool:
@@ -62,26 +62,21 @@ class LocalFiles(Tracker):
     def log_audio(
         self, stage: str, key: str, audio: torch.Tensor, sample_rate: int, step: int
     ) -> None:
-        for path in self._media(stage, key, step, ".wav"):
-            with path.open("wb") as file:
-                write_wav(file, audio, sample_rate)
+        with self._media(stage, key, step, ".wav").open("wb") as file:
+            write_wav(file, audio, sample_rate)
 
     def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
         from PIL import Image
 
-        for path in self._media(stage, key, step, ".png"):
-            Image.fromarray(to_bytes(image)).save(path)
+        Image.fromarray(to_bytes(image)).save(self._media(stage, key, step, ".png"))
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
-        for path in self._media(stage, key, step, ".txt"):
-            path.write_text(text)
+        self._media(stage, key, step, ".txt").write_text(text)
 
-    def _media(self, stage: str, key: str, step: int, suffix: str) -> Iterator[Path]:
-        """The path for a medium; none if media are off."""
-        if self.with_media_logging:
-            path = self.xp.folder / "outputs" / f"{stage}_{step}" / f"{key}{suffix}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield path
+    def _media(self, stage: str, key: str, step: int, suffix: str) -> Path:
+        path = self.xp.folder / "outputs" / f"{stage}_{step}" / f"{key}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
 
 def _parse(line: str) -> dict[str, Any] | None:

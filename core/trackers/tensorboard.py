@@ -80,17 +80,14 @@ class TensorBoard(Tracker):
     def log_audio(
         self, stage: str, key: str, audio: torch.Tensor, sample_rate: int, step: int
     ) -> None:
-        if self.with_media_logging:
-            mono = audio.mean(0, keepdim=True)  # all that the writer can encode
-            self._epochs().add_audio(f"{stage}/{key}", mono, step, sample_rate)
+        mono = audio.mean(0, keepdim=True)  # all that the writer can encode
+        self._epochs().add_audio(f"{stage}/{key}", mono, step, sample_rate)
 
     def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
-        if self.with_media_logging:
-            self._epochs().add_image(f"{stage}/{key}", image.nan_to_num(0.0).clamp(0, 1), step)
+        self._epochs().add_image(f"{stage}/{key}", image.nan_to_num(0.0).clamp(0, 1), step)
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
-        if self.with_media_logging:
-            self._epochs().add_text(f"{stage}/{key}", text, step)
+        self._epochs().add_text(f"{stage}/{key}", text, step)
 
 
 def _add(writer: Any, group: str, metrics: Mapping[str, Any], step: int) -> None:

@@ -77,6 +77,7 @@ class WandB(Tracker):
             id=self.xp.sig,
             dir=self.xp.folder,
             resume="allow",
+            reinit="finish_previous",  # else a second run of this process would join it
         )
         if wandb.setup().settings.mode != "online":
             return start()
@@ -107,26 +108,23 @@ class WandB(Tracker):
     def log_audio(
         self, stage: str, key: str, audio: torch.Tensor, sample_rate: int, step: int
     ) -> None:
-        if self.with_media_logging:
-            import wandb
+        import wandb
 
-            # Given samples rather than a file, W&B would ask for one more package.
-            with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-                write_wav(file, audio, sample_rate)
-                file.flush()
-                self._log_of(stage, {key: wandb.Audio(file.name)}, step)
+        # Given samples rather than a file, W&B would ask for one more package.
+        with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+            write_wav(file, audio, sample_rate)
+            file.flush()
+            self._log_of(stage, {key: wandb.Audio(file.name)}, step)
 
     def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
-        if self.with_media_logging:
-            import wandb
+        import wandb
 
-            self._log_of(stage, {key: wandb.Image(to_bytes(image))}, step)
+        self._log_of(stage, {key: wandb.Image(to_bytes(image))}, step)
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
-        if self.with_media_logging:
-            import wandb
+        import wandb
 
-            self._log_of(stage, {key: wandb.Table(columns=["text"], data=[[text]])}, step)
+        self._log_of(stage, {key: wandb.Table(columns=["text"], data=[[text]])}, step)
 
     def _log_of(self, stage: str, values: Mapping[str, Any], epoch: int) -> None:
         self._log({f"{stage}/{key}": value for key, value in values.items()} | {"epoch": epoch})
