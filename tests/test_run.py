@@ -110,8 +110,11 @@ def test_doras_other_commands(project: Path) -> None:
     assert str(run) in dora("-m", "dora", "info", "epochs=2")
     assert "is complete: epoch" in dora("-m", "dora", "run", "-f", run.name)
 
+    said = dora("-m", "dora", "run", "-f", run.name, "epochs=1")
+    assert f"Run {run.name} with these overrides is another run: " in said
+
     # `--git_save` trains in a clone of the commit.
-    dora("-m", "dora", "run", "--git_save", "epochs=1")
+    dora("-m", "dora", "run", "--git_save", "epochs=3")
     [code] = project.glob("outputs/xps/*/code")
     assert (code / "my_research" / "train.py").exists()
     assert code.parent != run
@@ -119,6 +122,19 @@ def test_doras_other_commands(project: Path) -> None:
     pytest.importorskip("hiplot")
     show = f"import dora.hiplot as h; print(len(h.load('{run.name}').datapoints), 'points')"
     assert "2 points" in dora("-c", show)
+
+
+def test_two_commands_do_not_train_one_run(project: Path) -> None:
+    command = ["dora", "run", "epochs=100", "trackers=[]"]
+    first = start(project, *command)
+    while not list(project.glob("outputs/xps/*/history.json")):
+        assert first.poll() is None
+        time.sleep(0.05)
+    said = finish(start(project, *command), code=1)
+    assert "is training in another process: wait for its end, or stop it first" in said
+    assert "Traceback" not in said
+    first.send_signal(signal.SIGINT)
+    finish(first, code=130)
 
 
 def test_an_error_on_another_rank_is_shown_and_ends_the_run(project: Path) -> None:

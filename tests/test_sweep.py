@@ -96,6 +96,22 @@ def test_a_sweep_is_stopped_resumed_and_then_left_alone(project: Path) -> None:
     assert started(project) == count
 
 
+def test_a_run_that_trains_elsewhere_is_left_alone(project: Path) -> None:
+    add_grid(project, "one", "1e-3,")
+    run = ["run", "optim.lr=1e-3", "epochs=60", "trackers=[]"]
+    elsewhere = subprocess.Popen(
+        [sys.executable, "-m", "dora", *run], cwd=project, stderr=subprocess.DEVNULL
+    )
+    while not epochs(project):
+        assert elsewhere.poll() is None
+        time.sleep(0.05)
+    said = finish(start(project, "one"), 1)
+    assert "is training in another process: left alone" in said
+    assert elsewhere.wait(120) == 0
+    assert started(project) == 1
+    assert epochs(project) == [60]
+
+
 def test_a_failure_shows_the_end_of_its_log(project: Path) -> None:
     add_grid(project, "bad", "-1.0,")
     said = finish(start(project, "bad"), 1)
