@@ -122,7 +122,7 @@ def _write(state: StateDict, path: Path, epoch: int, what: str, keep: bool = Fal
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{what} could not be saved to {path}: {error.__context__ or error}; "
-            "the checkpoint before it is intact: mend that, and the same command resumes"
+            "what was saved before is intact: mend that, and the same command resumes"
         ) from error
 
 

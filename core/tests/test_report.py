@@ -58,6 +58,11 @@ def test_best_is_higher_or_lower_by_name(tmp_path: Path) -> None:
     found = {name: run.best(name) for name in run.epochs}
     assert found == {"valid.acc": 0.9, "valid.loss": 1.0, "valid.bpc": 1.0}
     assert run.last("valid.acc") == 0.5
+    higher = ["acc", "acc1", "top5_acc", "valid_accuracy", "mAP", "macro_f1", "mIoU", "psnr_y"]
+    lower = ["window_loss", "map_err", "bitmap", "replace", "acc_loss", "wer", "bpc", "error_map"]
+    for name in higher + lower:
+        run = report.Run(tmp_path, [{"valid": {name: value}} for value in (1.0, 2.0)])
+        assert run.best(f"valid.{name}") == (2.0 if name in higher else 1.0), name
     assert run.best("test.acc") is None
 
 
