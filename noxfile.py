@@ -15,6 +15,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cook
 QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text())
 RUNTIME = (
     "dora-search",
+    "filelock",
     "hydra-core",
     "numpy",
     "pillow",
