@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from . import distrib
-from .state import Records, StateDict, plain
+from .plain import Records, plain
+from .state import StateDict
 from .utils import UserError, write_and_rename
 
 logger = logging.getLogger(__name__)

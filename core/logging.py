@@ -15,7 +15,7 @@ import torch
 
 from . import distrib, process_group
 from .formatter import Formatter
-from .state import plain
+from .plain import plain
 from .trackers import LocalFiles, TensorBoard, Tracker, WandB
 from .trackers.base import check_audio, check_image
 from .utils import UserError, length

@@ -9,7 +9,8 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from . import distrib, preemption
 from .loader import EpochSampler
-from .state import StateDict, get_generators, set_generators
+from .rng import get_rng_state, set_rng_state
+from .state import StateDict
 from .utils import Averages, UserError, length
 from .xp import Preempted
 
@@ -93,12 +94,12 @@ class Midway:
 
     def start_stage(self) -> float:
         """Begin, or resume; return the time it began at, on the monotonic clock."""
-        self._stage = _Stage(time.monotonic(), get_generators())
+        self._stage = _Stage(time.monotonic(), get_rng_state())
         if self._saved is not None:
             mine = self._mine
             self._stage.begun -= self._saved["seconds"]
             self._stage.generators = mine["generators"]
-            set_generators(mine["generators"])
+            set_rng_state(mine["generators"])
         return self._stage.begun
 
     def stage_done(self, name: str, metrics: dict[str, Any]) -> None:
@@ -173,8 +174,8 @@ class Midway:
         sampler = getattr(iterable, "sampler", None)
         saved = self._mine
         if saved:
-            set_generators(saved["loop_generators"])
-        stage.step, stage.loop_generators = before, get_generators()
+            set_rng_state(saved["loop_generators"])
+        stage.step, stage.loop_generators = before, get_rng_state()
         if isinstance(sampler, EpochSampler):
             stage.passes = saved["passes"] if saved else sampler.passes
             sampler.seek(stage.passes, before * (getattr(iterable, "batch_size", None) or 1))
@@ -183,7 +184,7 @@ class Midway:
             for _ in range(before):
                 next(iterator, None)
         if saved:
-            set_generators(saved["now"])
+            set_rng_state(saved["now"])
             self._saved = None
         return iterator
 
@@ -222,5 +223,5 @@ class Midway:
 
 def _stop(stage: _Stage) -> NoReturn:
     # To be saved further up: there, whatever lends a model other weights has ended.
-    stage.now = get_generators()
+    stage.now = get_rng_state()
     raise Preempted(preemption.asked())

@@ -18,8 +18,11 @@ from . import checkpoint, distrib, loader, preemption
 from .formatter import Formatter
 from .logging import LogProgressBar, ResultLogger, to_numbers
 from .midway import Loop, Midway
-from .state import AttributeWrapper, Records, RNGState, StateDict, StateManager, plain, summary
+from .plain import Records, plain
+from .rng import RNGState
+from .state import AttributeWrapper, StateDict, StateManager
 from .utils import Averages, UserError, flatten
+from .weights import summary
 from .xp import XP, FolderXP, HistoryFile, Preempted, get_xp, in_signature, lock, resume_command
 
 T = TypeVar("T")

@@ -17,17 +17,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ..state import (
-    EMA,
-    AttributeWrapper,
-    Best,
-    RNGState,
-    StateManager,
-    WriteOnlyWrapper,
-    plain,
-    summary,
-)
+from ..plain import plain
+from ..rng import RNGState
+from ..state import AttributeWrapper, StateManager, WriteOnlyWrapper
 from ..utils import UserError
+from ..weights import EMA, Best, summary
 
 
 class Owner:
