@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 
 from . import checkpoint, distrib, loader, preemption
 from .formatter import Formatter
-from .logging import LogProgressBar, ResultLogger, to_numbers
 from .midway import Loop, Midway
 from .plain import Records, plain
+from .progress import LogProgressBar
+from .results import ResultLogger, to_numbers
 from .rng import RNGState
 from .state import AttributeWrapper, StateDict, StateManager
 from .utils import Averages, UserError, flatten

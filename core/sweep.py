@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .logging import plain_text
+from .ansi import plain_text
 from .utils import UserError, write_and_rename
 from .xp import Grid, lock
 
