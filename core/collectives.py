@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .process_group import is_distributed, is_rank_zero, meet, rank, wait, world_size
+from .process_group import is_distributed, is_rank_zero, rank, world_size
+from .watchdog import check_same_call, wait
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ def rank_zero_only(function: Callable[..., T]) -> Callable[..., T | None]:
 
 def barrier() -> None:
     """Wait until all ranks are here."""
-    meet("barrier")
+    check_same_call("barrier")
 
 
 def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> None:
@@ -52,7 +53,7 @@ def gather_objects(obj: T, name: str = "gather_objects") -> list[T]:
     """
     if not is_distributed():
         return [obj]
-    meet(name)
+    check_same_call(name)
     objects: list[Any] = [None] * world_size()
     dist.all_gather_object(objects, obj)
     return objects
@@ -62,7 +63,7 @@ def broadcast_object(obj: T, src: int = 0) -> T:
     """Return the object of rank `src` on all ranks; what other ranks pass is ignored."""
     if not is_distributed():
         return obj
-    meet(f"broadcast_object from rank {src}")
+    check_same_call(f"broadcast_object from rank {src}")
     box = [obj]
     dist.broadcast_object_list(box, src)
     return obj if rank() == src else box[0]
@@ -95,7 +96,7 @@ def average_tensors(tensors: Iterable[torch.Tensor]) -> None:
     if not is_distributed():
         return
     averaged = [t for t in tensors if t.is_floating_point() or t.is_complex()]
-    meet("average_tensors", [describe(t) for t in averaged])
+    check_same_call("average_tensors", [describe(t) for t in averaged])
     for bucket in _buckets(averaged):
         flat = torch.cat([t.detach().reshape(-1) for t in bucket]).div_(world_size())
         all_reduce(flat)
@@ -107,7 +108,7 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], src: int = 0) -> None:
     if not is_distributed():
         return
     tensors = list(tensors)
-    meet(f"broadcast_tensors from rank {src}", [describe(t) for t in tensors])
+    check_same_call(f"broadcast_tensors from rank {src}", [describe(t) for t in tensors])
     for bucket in _buckets(tensors):
         flat = torch.cat([t.detach().reshape(-1) for t in bucket])
         dist.broadcast(flat, src)

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .collectives import BUCKET_BYTES, average_tensors, broadcast_tensors, describe, finish
-from .process_group import is_distributed, meet, world_size
+from .process_group import is_distributed, world_size
+from .watchdog import check_same_call
 
 # Copying into a bucket has a cost as well, so large tensors travel alone, as they are. See
 # `bench/sync.py`.
@@ -114,7 +115,7 @@ class _Layout:
     def __init__(self, params: list[nn.Parameter], owner: nn.Module | None) -> None:
         names = {p: n for n, p in owner.named_parameters()} if owner is not None else {}
         described = [f"{names.get(p, i)}: {describe(p)}" for i, p in enumerate(params)]
-        meet("sync_gradients for the first time", described)
+        check_same_call("sync_gradients for the first time", described)
         self._params = [weakref.ref(p) for p in params]
         *early, last = _grouped(params)
         self._buckets = [_Bucket(params, described, places) for places in early]
