@@ -1,4 +1,4 @@
-"""Collectives: what ranks tell one another, and the averages of what they have.
+"""Collectives: gather, broadcast, reduce and average over ranks.
 
 Every function here also works in a single process, where it does nothing.
 """

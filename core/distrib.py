@@ -1,4 +1,4 @@
-"""Training on several processes: all that a solver needs, under one name.
+"""Distributed training: collectives, gradients and the process group, under one name.
 
 Every function here also works in a single process, where it does nothing. Collectives must be
 called by all ranks, in the same order; ranks that do not are told so within seconds.
@@ -50,7 +50,7 @@ __all__ = [
     "wrap",
 ]
 
-# Data loading sits a floor above; `core/__init__.py` hangs it here for those who look for it here.
+# Data loading is a floor above; `core/__init__.py` sets this, for Flashy's users expect it here.
 loader: Callable[..., Any]
 
 

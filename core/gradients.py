@@ -38,7 +38,7 @@ def sync_gradients(params: Iterable[nn.Parameter], owner: nn.Module | None = Non
 
 
 def _to_average(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Those that are trained; without what is spread over ranks, which `fully_shard` sees to."""
+    """Those that are trained; without sharded ones, whose gradients `fully_shard` averages."""
     return [p for p in params if p.requires_grad and not hasattr(p, "placements")]
 
 
@@ -148,7 +148,7 @@ class _Layout:
             self._watched = None
 
     def forget(self) -> None:
-        """Watch no more."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 

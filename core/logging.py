@@ -65,10 +65,11 @@ def _log_uncaught(
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
-    log, trouble = logging.getLogger(__name__), (kind, error, trace)
-    if slip := isinstance(error, UserError):
+    log, exc_info = logging.getLogger(__name__), (kind, error, trace)
+    if is_user_error := isinstance(error, UserError):
         log.critical("%s", error)
-    log.critical("The run failed", exc_info=trouble, extra={"file_only": True} if slip else None)
+    extra = {"file_only": True} if is_user_error else None
+    log.critical("The run failed", exc_info=exc_info, extra=extra)
     process_group.report_failure(error)
 
 

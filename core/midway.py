@@ -1,4 +1,4 @@
-"""Where in an epoch a run is, so that one that stops there resumes with the very next step."""
+"""Progress within an epoch, so that a stopped run resumes at the next step."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Loop(Generic[T]):
 class _Stage:
     """The stage that is running."""
 
-    begun: float
+    begun: float  # in seconds, on the monotonic clock
     generators: StateDict  # at its start
     loop: int = -1  # number of the loop that is running, or ended last
     step: int = 0  # of that loop, done
@@ -60,7 +60,7 @@ class Midway:
     """The stages of the epoch that are done, and the position in the one that is running.
 
     It is state. A run that resumes is given the metrics of the stages that are done, without
-    running them; the stage that was interrupted starts anew, but its loops resume where they were:
+    running them; the interrupted stage is called again, but its loops resume where they were:
     those that had ended yield nothing, and the generators are set as they had been.
     """
 
@@ -156,18 +156,18 @@ class Midway:
             iterator = self._begin(stage, iterable, before)
             where = self._epoch, len(self._done), stage.loop
             stage.step = before
-            if preemption.stop_here(where, before):
+            if preemption.should_stop(where, before):
                 _stop(stage)
             for item in iterator:
                 steps[name] += 1
                 yield item
                 stage.step += 1
-                if stage.step != last and preemption.stop_here(where, stage.step):
+                if stage.step != last and preemption.should_stop(where, stage.step):
                     _stop(stage)
         finally:
             self._depth -= 1
             if not stage.now:  # else this rank stays where it stopped, until all are there
-                preemption.passed((self._epoch, len(self._done), stage.loop, _LAST))
+                preemption.mark_passed((self._epoch, len(self._done), stage.loop, _LAST))
 
     def _begin(self, stage: _Stage, iterable: Iterable[T], before: int) -> Iterator[T]:
         """Iterate from the start or from where the loop was, with the generators as they were."""
@@ -178,7 +178,7 @@ class Midway:
         stage.step, stage.loop_generators = before, get_rng_state()
         if isinstance(sampler, EpochSampler):
             stage.passes = saved["passes"] if saved else sampler.passes
-            sampler.seek(stage.passes, before * (getattr(iterable, "batch_size", None) or 1))
+            sampler.resume_at(stage.passes, before * (getattr(iterable, "batch_size", None) or 1))
         iterator = iter(iterable)
         if not isinstance(sampler, EpochSampler):
             for _ in range(before):
@@ -224,4 +224,4 @@ class Midway:
 def _stop(stage: _Stage) -> NoReturn:
     # To be saved further up: there, whatever lends a model other weights has ended.
     stage.now = get_rng_state()
-    raise Preempted(preemption.asked())
+    raise Preempted(preemption.stop_signal())

@@ -18,15 +18,15 @@ _PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 class Records(list[Any]):
     """A list that may grow long, of records that do not change, such as the history.
 
-    A snapshot of it is a list of the same records, however many: they are made plain as they are
-    written, in the background.
+    A snapshot of it is a list of the same records: they are converted as they are written, in the
+    background, so the training does not wait for a long history.
     """
 
     def copy(self) -> Records:
         return Records(self)
 
 
-def plain(
+def to_plain(
     value: Any,
     name: str = "state",
     copy: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
@@ -41,24 +41,24 @@ def plain(
         copy: applied to each tensor.
     """
     if isinstance(value, torch.Tensor):
-        # What is spread over the ranks (`fully_shard`) is put together, on all of them.
+        # A tensor that is sharded across ranks (`fully_shard`) is gathered, on all of them.
         return copy(value.full_tensor() if hasattr(value, "full_tensor") else value)
     if type(value) in _PLAIN or isinstance(value, Records):
         return value
     if isinstance(value, OrderedDict) and hasattr(value, "_metadata"):  # of a module, has versions
-        state = OrderedDict((key, plain(v, f"{name}.{key}", copy)) for key, v in value.items())
+        state = OrderedDict((key, to_plain(v, f"{name}.{key}", copy)) for key, v in value.items())
         state._metadata = value._metadata  # type: ignore[attr-defined]
         return state
     if isinstance(value, Mapping):
-        return {plain(key, name): plain(v, f"{name}.{key}", copy) for key, v in value.items()}
+        return {to_plain(key, name): to_plain(v, f"{name}.{key}", copy) for key, v in value.items()}
     if isinstance(value, tuple):
-        return tuple(plain(v, f"{name}.{i}", copy) for i, v in enumerate(value))
+        return tuple(to_plain(v, f"{name}.{i}", copy) for i, v in enumerate(value))
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(v, f"{name}.{i}", copy) for i, v in enumerate(value)]
-    return _converted(value, name, copy)
+        return [to_plain(v, f"{name}.{i}", copy) for i, v in enumerate(value)]
+    return _convert(value, name, copy)
 
 
-def _converted(value: Any, name: str, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _convert(value: Any, name: str, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
@@ -68,7 +68,7 @@ def _converted(value: Any, name: str, copy: Callable[[torch.Tensor], torch.Tenso
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Namespace):
-        return plain(vars(value), name, copy)
+        return to_plain(vars(value), name, copy)
     raise TypeError(
         f"{name} is a {type(value).__qualname__}, which a checkpoint can't hold: "
         "keep tensors, numbers, strings, lists and dicts in the state"

@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 # Seconds in which a process whose launcher is gone must have saved.
 GRACE = 60.0
 
-_store: Store | None = None  # a few words for each rank, outside of all collectives
+_store: Store | None = None  # entries of each rank, outside of all collectives
 _broken = False  # a collective failed, and may never end
 
 
-# ------------------------------------------------------------------------------------ who am I
+# --------------------------------------------------------------------------------------- ranks
 
 
 class Place(NamedTuple):
@@ -83,7 +83,7 @@ def is_rank_zero() -> bool:
 
 
 def store() -> Store | None:
-    """A few words that all ranks can write and read, outside of collectives; None if alone."""
+    """Small entries that all ranks can write and read, outside of collectives; None if alone."""
     return _store
 
 
@@ -118,27 +118,27 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
     _store = _join(here, backend, timedelta(seconds=timeout))
     atexit.register(_leave_at_exit)
     if sys.version_info < (3, 12):
-        os.register_at_fork(before=_settle)
+        os.register_at_fork(before=_settle_before_fork)
     _end_with_launcher()
     logger.info("Process group: rank %d of %d, %s", rank(), world_size(), dist.get_backend())
 
 
-def _join(here: Place, backend: str | None, patience: timedelta) -> Store:
-    """Meet the other ranks; return a store for a few words."""
+def _join(here: Place, backend: str | None, timeout: timedelta) -> Store:
+    """Meet the other ranks; return a store for small entries outside of collectives."""
     # Its functions have the process group of the moment of their import as a default argument.
     # Were that ours, it would outlive `leave`, and its threads might crash the end of Python.
     importlib.import_module("torch.distributed.nn.functional")
     where = _rendezvous(here)
     try:
-        store, _, _ = next(rendezvous(where, here.rank, here.world_size, timeout=patience))
+        store, _, _ = next(rendezvous(where, here.rank, here.world_size, timeout=timeout))
     except (dist.DistError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise UserError(
             f"rank {here.rank} of {here.world_size} can't meet the others at {where}: {why}. Is "
             "the address right, the port free, and does each process run?"
         ) from error
-    store.set_timeout(patience)
-    # What is said in words travels between CPUs and never waits for a GPU.
+    store.set_timeout(timeout)
+    # Python objects travel between CPUs and never wait for a GPU.
     if torch.cuda.is_available() and backend in (None, "nccl"):
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(
@@ -146,7 +146,7 @@ def _join(here: Place, backend: str | None, patience: timedelta) -> Store:
         store=PrefixStore("group", store),
         rank=here.rank,
         world_size=here.world_size,
-        timeout=patience,
+        timeout=timeout,
     )
     return PrefixStore("whereabouts", store)
 
@@ -184,7 +184,7 @@ def _end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True, name="launcher").start()
 
 
-def _settle() -> None:
+def _settle_before_fork() -> None:
     """Let gloo's threads end what they do before a fork, such as that of a loader's worker.
 
     Until 3.12, a child hangs if another thread was creating its Python state at that moment
@@ -202,14 +202,14 @@ def leave() -> None:
 
 
 def report_failure(error: BaseException) -> None:
-    """Leave word that this rank ends with an error, for rank zero to show it."""
+    """Post that this rank ends with an error, for rank zero to show it."""
     if _store is not None:
         with suppress(RuntimeError):
             _store.set(f"failed {rank()}", f"{type(error).__name__}: {error}")
 
 
 def failures() -> dict[int, str]:
-    """The error of each rank that left word of one."""
+    """The error of each rank that posted one."""
     failed = {}
     for other in range(world_size()):
         with suppress(RuntimeError):

@@ -20,7 +20,7 @@ class LogProgressBar(Generic[T]):
 
     A line tells of the steps that are done, and how much of the time they waited for data if that
     is over a tenth; the last one is not lost, even if the loop breaks. Nothing is formatted between
-    lines. Who sits at a terminal sees a bar instead, twice a second at most.
+    lines. A terminal shows a bar instead, refreshed twice a second at most.
 
     Args:
         logger: where the lines go.
@@ -110,7 +110,7 @@ class LogProgressBar(Generic[T]):
             self._will_log = False
 
     def _live_bar(self) -> Any:
-        """A bar for whoever sits at the terminal; elsewhere, none."""
+        """A bar if stderr is a terminal; else None."""
         if self._silent or not (sys.stderr.isatty() and distrib.is_rank_zero()):
             return None
         from tqdm import tqdm
@@ -128,7 +128,7 @@ class LogProgressBar(Generic[T]):
     def update(self, metrics: Mapping[str, Any] | None = None, /, **more: Any) -> bool:
         """Give the metrics to show; return whether a line will follow this step.
 
-        What `averager` returns is best given as it is: then it is only looked at for a line.
+        What `averager` returns is best given as it is: then it is read only when a line is due.
         """
         self._metrics = more if metrics is None else {**metrics, **more} if more else metrics
         return self._will_log

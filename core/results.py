@@ -11,7 +11,7 @@ import torch
 from . import distrib
 from .ansi import bold
 from .formatter import Formatter, format_items
-from .plain import plain
+from .plain import to_plain
 from .progress import LogProgressBar
 from .trackers import LocalFiles, TensorBoard, Tracker, WandB
 from .trackers.base import check_audio, check_image
@@ -89,7 +89,7 @@ class ResultLogger:
         self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None
     ) -> None:
         """Log the config, and metrics to compare runs by."""
-        values = plain(params, "hyperparams")
+        values = to_plain(params, "hyperparams")
         self._send(lambda tracker: tracker.log_hyperparams(values, metrics or {}))
 
     def log_metrics(
@@ -220,5 +220,5 @@ def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Convert metrics to plain numbers: tensors and NumPy values of one element too."""
     if taken := {"stage", "epoch", "step"} & metrics.keys():
         raise ValueError(f"a metric is called {', '.join(taken)}, as a column of metrics.jsonl is")
-    values = plain(metrics, "metrics")
+    values = to_plain(metrics, "metrics")
     return {n: v.tolist() if isinstance(v, torch.Tensor) else v for n, v in values.items()}

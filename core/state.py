@@ -1,4 +1,4 @@
-"""What the state of a run is: named sources, gathered to be saved and given back when restored."""
+"""State: named sources, gathered to be saved and given back when restored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from .plain import plain
+from .plain import to_plain
 from .utils import UserError
 from .weights import Best, load_module_state, load_optimizer_state, module_state, reconcile
 
@@ -33,7 +33,7 @@ class AttributeWrapper:
 
     An attribute with a `state_dict` of its own is asked for it; lists and dicts are copied out and
     restored in place; anything else is set. Of a module that is compiled or wrapped for
-    distributed training the bare names are kept. The owner is not kept alive.
+    distributed training the original names are kept. The owner is not kept alive.
     """
 
     def __init__(self, owner: Any, name: str) -> None:
@@ -137,7 +137,7 @@ class StateManager:
 
         All ranks must call it: a source may need its siblings on the other ranks.
         """
-        return {name: plain(source.state_dict(), name) for name, source in self.sources.items()}
+        return {name: to_plain(source.state_dict(), name) for name, source in self.sources.items()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Give each source its state back.

@@ -15,55 +15,56 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from . import distrib
-from .plain import plain
+from .plain import to_plain
 from .utils import UserError
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
     """The state of a module, with the names it has when neither compiled nor distributed."""
-    return _renamed(_bare(module).state_dict(), _bare_name)
+    return _renamed(_unwrap(module).state_dict(), _original_name)
 
 
 def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Give a module, compiled or distributed or not, what `module_state` gave."""
-    module = _bare(module)
+    module = _unwrap(module)
     own = module.state_dict()
-    names = {_bare_name(n): n for n in (*getattr(own, "_metadata", {}), *own)}
+    names = {_original_name(n): n for n in (*getattr(own, "_metadata", {}), *own)}
     state = _renamed(state, lambda name: names.get(name, name))
     for name in own.keys() & state.keys():
-        state[name] = _spread_like(own[name], state[name])
+        state[name] = _shard_like(own[name], state[name])
     module.load_state_dict(state)
 
 
 def load_optimizer_state(optim: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Give an optimizer its state, spread over ranks where its parameters are."""
+    """Give an optimizer its state, sharded across ranks where its parameters are."""
     params = [p for group in optim.param_groups for p in group["params"]]
-    spread = {
-        i: {k: _spread_like(params[i], v) for k, v in about.items()} if i < len(params) else about
+    sharded = {
+        i: {k: _shard_like(params[i], v) for k, v in about.items()} if i < len(params) else about
         for i, about in state["state"].items()
     }
-    optim.load_state_dict({**state, "state": spread})
+    optim.load_state_dict({**state, "state": sharded})
 
 
-def _spread_like(own: Any, whole: Any) -> Any:
-    """A tensor, spread over the ranks as `own` is; a model under `fully_shard` has such."""
+def _shard_like(own: Any, whole: Any) -> Any:
+    """A whole tensor, sharded across ranks as `own` is; a model under `fully_shard` has such."""
     if not hasattr(own, "placements") or _shape(own) != _shape(whole):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
-    # Each rank has read all of it, and keeps its part: nothing needs to be sent.
+    # Each rank has read the whole tensor and keeps its part, so nothing is sent.
     tensor = whole.to(own.device)
     return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
 
 
-def _bare(module: nn.Module) -> nn.Module:
+def _unwrap(module: nn.Module) -> nn.Module:
+    """The module inside of DistributedDataParallel; any other as it is."""
     if isinstance(module, nn.parallel.DistributedDataParallel):
         wrapped: nn.Module = module.module
         return wrapped
     return module
 
 
-def _bare_name(name: str) -> str:
+def _original_name(name: str) -> str:
     """Name of a parameter without what `torch.compile` adds."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
@@ -88,13 +89,13 @@ def summary(value: Any) -> str:
     trained = sum(p.numel() for p in value.parameters() if p.requires_grad)
     some = "" if trained == count else f", {trained:,} of them trained"
     checksum, size = 0, 0
-    for tensor in plain(module_state(value), copy=lambda t: t.detach().cpu()).values():
+    for tensor in to_plain(module_state(value), copy=lambda t: t.detach().cpu()).values():
         if isinstance(tensor, torch.Tensor):
             size += tensor.nbytes
             data = tensor.contiguous().view(-1).view(torch.uint8)
             checksum = zlib.crc32(data.numpy().tobytes(), checksum)
     return (
-        f"{type(_bare(value)).__name__}, {count:,} parameters{some}, {size / 2**20:.1f} MiB, "
+        f"{type(_unwrap(value)).__name__}, {count:,} parameters{some}, {size / 2**20:.1f} MiB, "
         f"weights {checksum:08x}"
     )
 
@@ -164,7 +165,7 @@ class Best:
             return False
         self.value = value
         self.states = {
-            name: plain(module_state(m), copy=lambda t: t.detach().to("cpu", copy=True))
+            name: to_plain(module_state(m), copy=lambda t: t.detach().to("cpu", copy=True))
             for name, m in self.modules.items()
         }
         return True
@@ -205,7 +206,7 @@ class EMA:
         self._copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for name, module in self.modules.items():
             # With their variables, for those remain the same when a module moves.
-            tensors = _renamed(_bare(module).state_dict(keep_vars=True), _bare_name)
+            tensors = _renamed(_unwrap(module).state_dict(keep_vars=True), _original_name)
             self.states[name] = {}
             for key, value in tensors.items():
                 if not isinstance(value, torch.Tensor):
@@ -221,7 +222,7 @@ class EMA:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Start anew from the weights as they are, such as after `continue_from`."""
+        """Restart from the weights as they are, such as after `continue_from`."""
         for averages, values in (self._averages, self._copies):
             for average, value in zip(averages, values, strict=True):
                 average.copy_(value)
@@ -250,7 +251,7 @@ class EMA:
         """Take back what `state_dict` gave."""
         for name, averages in self.states.items():
             for key, average in averages.items():
-                average.copy_(_spread_like(average, state[name][key]))
+                average.copy_(_shard_like(average, state[name][key]))
 
 
 @contextmanager
