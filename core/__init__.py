@@ -3,7 +3,7 @@
 These files are yours: read them, edit them. Start with `solver.py`.
 """
 
-from . import adversarial, checkpoint, distrib, loader, state, trackers, utils, xp
+from . import adversarial, checkpoint, distrib, loader, rng, state, trackers, utils, weights, xp
 from .formatter import Formatter
 from .logging import LogProgressBar, ResultLogger, bold, setup_logging
 from .solver import BaseSolver
@@ -22,10 +22,12 @@ __all__ = [
     "checkpoint",
     "distrib",
     "loader",
+    "rng",
     "setup_logging",
     "state",
     "trackers",
     "utils",
+    "weights",
     "xp",
 ]
 

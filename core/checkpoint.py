@@ -1,4 +1,4 @@
-"""How state reaches the disk and comes back: whole, verified, out of the way of the training.
+"""Checkpoints: state on disk, written atomically in the background and verified when read.
 
 `checkpoint.th` is the latest; older ones lie beside it, as `checkpoint.<epoch>.th`. `midway.th` is
 what a run saved within the next epoch, because it was asked to stop.
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from . import distrib
-from .state import Records, StateDict, plain
+from .plain import Records, to_plain
+from .state import StateDict
 from .utils import UserError, write_and_rename
 
 logger = logging.getLogger(__name__)
@@ -115,8 +116,8 @@ def _write(state: StateDict, path: Path, epoch: int, what: str, keep: bool = Fal
     about = {"format": FORMAT, "epoch": epoch, "ranks": distrib.world_size()}
     try:
         if keep and path.exists():
-            _keep(path, epoch)
-        whole = {n: plain([*v], n) if isinstance(v, Records) else v for n, v in state.items()}
+            _keep_previous(path, epoch)
+        whole = {n: to_plain([*v], n) if isinstance(v, Records) else v for n, v in state.items()}
         with write_and_rename(path) as file:
             torch.save({"checkpoint": about, **whole}, file)
     except (OSError, RuntimeError) as error:
@@ -128,15 +129,15 @@ def _write(state: StateDict, path: Path, epoch: int, what: str, keep: bool = Fal
 
 def older(path: Path) -> dict[int, Path]:
     """The checkpoints that are kept beside the latest, by epoch in rising order."""
-    marks = {p.name[len(path.stem) + 1 : -len(path.suffix)]: p for p in _beside(path, "*")}
+    marks = {p.name[len(path.stem) + 1 : -len(path.suffix)]: p for p in _siblings(path, "*")}
     return dict(sorted((int(mark), p) for mark, p in marks.items() if mark.isdecimal()))
 
 
-def _beside(path: Path, mark: object) -> list[Path]:
+def _siblings(path: Path, mark: object) -> list[Path]:
     return list(path.parent.glob(f"{path.stem}.{mark}{path.suffix}"))
 
 
-def _keep(path: Path, epoch: int) -> None:
+def _keep_previous(path: Path, epoch: int) -> None:
     """Give the latest checkpoint the name of an older one too, if it is older than this epoch."""
     try:
         found = _load(path, mmap=True)["checkpoint"]["epoch"]
@@ -160,7 +161,7 @@ def _keep(path: Path, epoch: int) -> None:
 
 def _set_aside(path: Path) -> Path:
     """Rename a damaged file, so that it is neither read again nor overwritten."""
-    number = 1 + len(_beside(path, "damaged-*"))
+    number = 1 + len(_siblings(path, "damaged-*"))
     return path.rename(path.with_name(f"{path.stem}.damaged-{number}{path.suffix}"))
 
 
@@ -212,7 +213,7 @@ class Writer:
                 self._copies[key] = empty.copy_(tensor.detach(), non_blocking=pin)
             return self._copies[key]
 
-        copied = plain(state, copy=copy)
+        copied = to_plain(state, copy=copy)
         done = torch.cuda.Event() if torch.cuda.is_initialized() else None
         if done is not None:
             done.record()

@@ -65,3 +65,8 @@ class Formatter:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def format_items(metrics: Mapping[str, Any], formatter: Formatter, delimiter: str) -> list[str]:
+    """The metrics as `name value`, formatted."""
+    return [f"{name}{delimiter}{value}" for name, value in formatter(metrics).items()]

@@ -78,9 +78,9 @@ def loader(
         klass: `torch.utils.data.DataLoader` or one that takes the same arguments.
         seed: of the order, and of the random numbers drawn in workers.
         updates_per_epoch: number of batches in an epoch, rather than once all data. The next epoch
-            starts after the last example of this one, in an endless row of shuffled datasets.
+            starts after the last example of this one, in an endless sequence of shuffled datasets.
         sampler: a subclass of `EpochSampler` with another `order`.
-        limit: use only so many batches, the first of the dataset, to find mistakes with; 0 for all.
+        limit: use only the first n batches of the dataset, to find mistakes with; 0 for all.
         worker_init_fn: called in each worker after it is seeded.
         kwargs: keyword arguments of `klass`.
     """
@@ -155,8 +155,8 @@ class EpochSampler(Sampler[int]):
         epoch, number = self._last
         return number + 1 if epoch == _epoch else 0
 
-    def seek(self, passes: int, skip: int) -> None:
-        """Let the next pass be the one after `passes`, without its first `skip` examples."""
+    def resume_at(self, passes: int, skip: int) -> None:
+        """Make the next pass the one after `passes`, without this rank's first `skip` examples."""
         self._last, self._skip = (_epoch, passes - 1), skip
 
     def __len__(self) -> int:
@@ -165,19 +165,19 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         self._last = _epoch, self.passes
-        order = self._stretch(*self._last) if self.examples else self._whole(*self._last)
+        order = self._window(*self._last) if self.examples else self._full_pass(*self._last)
         skipped, self._skip = self._skip, 0
         ranks = distrib.world_size()
         yield from itertools.islice(order, distrib.rank() + skipped * ranks, None, ranks)
 
-    def _whole(self, epoch: int, passes: int) -> Iterable[int]:
+    def _full_pass(self, epoch: int, passes: int) -> Iterable[int]:
         """All examples; when shuffling, some again so that the ranks' shares are equal."""
         order = self._order(epoch, passes)
         padded = len(self) * distrib.world_size() if self.shuffle else len(order)
         return itertools.islice(itertools.cycle(order), padded)
 
-    def _stretch(self, epoch: int, passes: int) -> Iterable[int]:
-        """The epoch's part of an endless row of orders of all examples."""
+    def _window(self, epoch: int, passes: int) -> Iterable[int]:
+        """The epoch's window on an endless sequence of shuffled datasets."""
         size, examples = len(self.dataset), self.examples or 0
         number, skipped = divmod(epoch * examples, size)
         orders = (self._order(n, passes) for n in itertools.count(number))
@@ -195,7 +195,7 @@ class EpochSampler(Sampler[int]):
         return order
 
     def _order(self, number: int, passes: int) -> list[int]:
-        seed = _mix(self.seed, number, passes)
+        seed = _derive_seed(self.seed, number, passes)
         order = self.order(torch.Generator().manual_seed(seed))
         if len(order) != (size := len(self.dataset)):
             name = type(self).__name__
@@ -272,13 +272,13 @@ class _SeededBatches:
 
 
 def _seed(*numbers: int) -> None:
-    seed = _mix(*numbers)
+    seed = _derive_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def _mix(*numbers: int) -> int:
+def _derive_seed(*numbers: int) -> int:
     """One well-mixed 63-bit seed from several numbers."""
     state = np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))

@@ -1,4 +1,4 @@
-"""Where in an epoch a run is, so that one that stops there resumes with the very next step."""
+"""Progress within an epoch, so that a stopped run resumes at the next step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from . import distrib, preemption
 from .loader import EpochSampler
-from .state import StateDict, get_generators, set_generators
+from .rng import get_rng_state, set_rng_state
+from .state import StateDict
 from .utils import Averages, UserError, length
 from .xp import Preempted
 
@@ -45,7 +46,7 @@ class Loop(Generic[T]):
 class _Stage:
     """The stage that is running."""
 
-    begun: float
+    begun: float  # in seconds, on the monotonic clock
     generators: StateDict  # at its start
     loop: int = -1  # number of the loop that is running, or ended last
     step: int = 0  # of that loop, done
@@ -59,7 +60,7 @@ class Midway:
     """The stages of the epoch that are done, and the position in the one that is running.
 
     It is state. A run that resumes is given the metrics of the stages that are done, without
-    running them; the stage that was interrupted starts anew, but its loops resume where they were:
+    running them; the interrupted stage is called again, but its loops resume where they were:
     those that had ended yield nothing, and the generators are set as they had been.
     """
 
@@ -93,12 +94,12 @@ class Midway:
 
     def start_stage(self) -> float:
         """Begin, or resume; return the time it began at, on the monotonic clock."""
-        self._stage = _Stage(time.monotonic(), get_generators())
+        self._stage = _Stage(time.monotonic(), get_rng_state())
         if self._saved is not None:
             mine = self._mine
             self._stage.begun -= self._saved["seconds"]
             self._stage.generators = mine["generators"]
-            set_generators(mine["generators"])
+            set_rng_state(mine["generators"])
         return self._stage.begun
 
     def stage_done(self, name: str, metrics: dict[str, Any]) -> None:
@@ -155,35 +156,35 @@ class Midway:
             iterator = self._begin(stage, iterable, before)
             where = self._epoch, len(self._done), stage.loop
             stage.step = before
-            if preemption.stop_here(where, before):
+            if preemption.should_stop(where, before):
                 _stop(stage)
             for item in iterator:
                 steps[name] += 1
                 yield item
                 stage.step += 1
-                if stage.step != last and preemption.stop_here(where, stage.step):
+                if stage.step != last and preemption.should_stop(where, stage.step):
                     _stop(stage)
         finally:
             self._depth -= 1
             if not stage.now:  # else this rank stays where it stopped, until all are there
-                preemption.passed((self._epoch, len(self._done), stage.loop, _LAST))
+                preemption.mark_passed((self._epoch, len(self._done), stage.loop, _LAST))
 
     def _begin(self, stage: _Stage, iterable: Iterable[T], before: int) -> Iterator[T]:
         """Iterate from the start or from where the loop was, with the generators as they were."""
         sampler = getattr(iterable, "sampler", None)
         saved = self._mine
         if saved:
-            set_generators(saved["loop_generators"])
-        stage.step, stage.loop_generators = before, get_generators()
+            set_rng_state(saved["loop_generators"])
+        stage.step, stage.loop_generators = before, get_rng_state()
         if isinstance(sampler, EpochSampler):
             stage.passes = saved["passes"] if saved else sampler.passes
-            sampler.seek(stage.passes, before * (getattr(iterable, "batch_size", None) or 1))
+            sampler.resume_at(stage.passes, before * (getattr(iterable, "batch_size", None) or 1))
         iterator = iter(iterable)
         if not isinstance(sampler, EpochSampler):
             for _ in range(before):
                 next(iterator, None)
         if saved:
-            set_generators(saved["now"])
+            set_rng_state(saved["now"])
             self._saved = None
         return iterator
 
@@ -222,5 +223,5 @@ class Midway:
 
 def _stop(stage: _Stage) -> NoReturn:
     # To be saved further up: there, whatever lends a model other weights has ended.
-    stage.now = get_generators()
-    raise Preempted(preemption.asked())
+    stage.now = get_rng_state()
+    raise Preempted(preemption.stop_signal())

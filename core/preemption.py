@@ -1,7 +1,8 @@
-"""Being asked to stop: signals set a flag, and all ranks stop after the same step.
+"""Preemption: a signal sets a flag, and all ranks stop after the same step.
 
-SIGTERM, SIGUSR1 and SIGUSR2 ask; so Slurm does before it takes a job's place or time away. Whoever
-trains tells `stop_here` of each step; while nobody asks, that costs a lock that nobody else holds.
+The signals are SIGTERM, SIGUSR1 and SIGUSR2; Slurm sends one before it preempts a job or ends its
+time. The training loop calls `should_stop` after each step; without a signal, that costs one lock
+that nobody else holds.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ SIGNALS = [
 ]
 REPEAT = 10.0  # seconds in which another signal is taken for the same request: a collective may
 # hold up the first one for a while
-POLL = 0.5  # seconds between looks at whether another rank was asked
-ANSWER = 30.0  # seconds in which all ranks must notice that one was asked
+POLL = 0.5  # seconds between checks whether another rank got a signal
+ANSWER = 30.0  # seconds in which all ranks must notice that one got a signal
 
 Position = tuple[int, ...]  # of a step: epoch, stage, loop, step; grows with the training
 
 
-_asked: str = ""  # the signal
-_asked_at = 0.0
-_position: Position = ()  # of the step that was begun last
+_signal = ""  # name of the signal that asked to stop; empty without one
+_signal_at = 0.0
+_position: Position = ()  # of the step that was started last
 _lock = threading.Lock()  # so that the position that others see is never too old
-_round = 0  # how many times signals were listened to; keeps the words of the rounds apart
+_round = 0  # how many times signals were listened to; keeps the store's entries of the rounds apart
 _listening = False
 
 
 @contextmanager
 def listening() -> Iterator[None]:
     """Take signals as requests to stop, for the time of the body, in the main thread."""
-    global _asked, _position, _round, _listening
+    global _signal, _position, _round, _listening
     if _listening or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked, _position, _round, _listening = "", (), _round + 1, True
-    before = {number: signal.signal(number, _ask) for number in SIGNALS}
+    _signal, _position, _round, _listening = "", (), _round + 1, True
+    before = {number: signal.signal(number, _on_signal) for number in SIGNALS}
     ended = threading.Event()
     if process_group.is_distributed():
         threading.Thread(target=_watch, args=(ended,), daemon=True, name="preemption").start()
@@ -57,56 +58,59 @@ def listening() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def asked() -> str:
-    """Name of the signal that asked to stop; empty as long as none did."""
-    return _asked
+def stop_signal() -> str:
+    """Name of the signal that asked to stop; empty if none did."""
+    return _signal
 
 
-def stop_here(loop: Position, step: int) -> bool:
-    """Tell that so many steps of a loop are done, and another is next; do all ranks stop between?
+def should_stop(loop: Position, step: int) -> bool:
+    """Note that `step` steps of a loop are done; return whether all ranks stop before the next.
 
     Args:
         loop: position of the loop: epoch, stage, number.
         step: number of steps that are done.
+
+    Raises:
+        RuntimeError: if a rank does not answer a request to stop.
     """
     global _position
     with _lock:
-        if not _asked:
+        if not _signal:
             _position = *loop, step + 1
             return False
         _position = *loop, step
-    if not process_group.is_distributed() or _all_are_here((*loop, step)):
+    if not process_group.is_distributed() or _all_ranks_here((*loop, step)):
         return True
     with _lock:
         _position = *loop, step + 1
     return False
 
 
-def passed(position: Position) -> None:
-    """Tell of a position at which nobody can stop, such as the end of a loop."""
+def mark_passed(position: Position) -> None:
+    """Note a position at which no rank can stop, such as the end of a loop."""
     global _position
     with _lock:
         _position = position
 
 
-def _ask(number: int, frame: FrameType | None) -> None:
+def _on_signal(number: int, frame: FrameType | None) -> None:
     """Note the first signal; a second one, after a while, ends the run at once."""
-    global _asked, _asked_at
-    if not _asked:
-        _asked, _asked_at = signal.Signals(number).name, time.monotonic()
-    elif time.monotonic() - _asked_at > REPEAT:
+    global _signal, _signal_at
+    if not _signal:
+        _signal, _signal_at = signal.Signals(number).name, time.monotonic()
+    elif time.monotonic() - _signal_at > REPEAT:
         raise KeyboardInterrupt
 
 
-def _all_are_here(position: Position) -> bool:
-    """Wait until all ranks know of the request; are they here, or will they be, rather than ahead?
+def _all_ranks_here(position: Position) -> bool:
+    """Wait until all ranks know of the request; return whether none is ahead of this position.
 
-    Nobody leaves the foremost position, once all know: so all meet there.
+    Once all know, no rank leaves the foremost position, so the others catch up with it.
     """
     deadline = time.monotonic() + ANSWER
     while True:
-        _tell()
-        positions = _positions()
+        _post_position()
+        positions = _read_positions()
         if any(other > position for other in positions.values()):
             return False
         if len(positions) == process_group.world_size():
@@ -114,37 +118,38 @@ def _all_are_here(position: Position) -> bool:
         if time.monotonic() > deadline:
             silent = sorted({*range(process_group.world_size())} - positions.keys())
             raise RuntimeError(
-                f"asked to stop by {_asked}, but no word from ranks {silent}, which hang or are in "
-                "no log_progress loop; the last commit is safe"
+                f"asked to stop by {_signal}, but no word from ranks {silent}, which hang or are "
+                "in no log_progress loop; the last commit is safe"
             )
         time.sleep(0.02)
 
 
 def _watch(ended: threading.Event) -> None:
-    """Learn of requests to other ranks; once there is one, keep telling where this rank is."""
-    global _asked, _asked_at
+    """Check for signals to other ranks; once there is one, keep posting where this rank is."""
+    global _signal, _signal_at
     with suppress(RuntimeError):  # rank zero may keep the store, and be gone
-        while not ended.wait(0.05 if _asked else POLL):
-            if not _asked and (signal_name := _read("asked")):
-                _asked, _asked_at = signal_name, time.monotonic()
-            if _asked:
-                _tell()
+        while not ended.wait(0.05 if _signal else POLL):
+            if not _signal and (signal_name := _read("signal")):
+                _signal, _signal_at = signal_name, time.monotonic()
+            if _signal:
+                _post_position()
 
 
-def _tell() -> None:
+def _post_position() -> None:
     store = process_group.store()
     if store is not None:
         with _lock:
-            store.set(f"{_round} asked", _asked)
+            store.set(f"{_round} signal", _signal)
             store.set(f"{_round} at {process_group.rank()}", json.dumps(_position))
 
 
-def _positions() -> dict[int, Position]:
+def _read_positions() -> dict[int, Position]:
     found = {rank: _read(f"at {rank}") for rank in range(process_group.world_size())}
-    return {rank: tuple(json.loads(word)) for rank, word in found.items() if word}
+    return {rank: tuple(json.loads(text)) for rank, text in found.items() if text}
 
 
 def _read(what: str) -> str:
+    """An entry of the store; empty if there is none."""
     store: Any = process_group.store()
     key = f"{_round} {what}"
     return store.get(key).decode() if store is not None and store.check([key]) else ""

@@ -1,4 +1,4 @@
-"""The processes of a run: who they are, how they meet, and how they notice that they disagree.
+"""The process group: ranks, rendezvous, device.
 
 Everything here also works in a single process, where it does nothing.
 """
@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import atexit
 import importlib
-import json
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-import zlib
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,13 +27,14 @@ from .xp import rendezvous_file
 
 logger = logging.getLogger(__name__)
 
-# Seconds in one collective after which a rank tells the others where it is.
-PATIENCE = 2.0
 # Seconds in which a process whose launcher is gone must have saved.
 GRACE = 60.0
 
+_store: Store | None = None  # entries of each rank, outside of all collectives
+_broken = False  # a collective failed, and may never end
 
-# ------------------------------------------------------------------------------------ who am I
+
+# --------------------------------------------------------------------------------------- ranks
 
 
 class Place(NamedTuple):
@@ -72,12 +69,12 @@ def is_distributed() -> bool:
 
 def rank() -> int:
     """Index of this process; right also before `init`."""
-    return dist.get_rank() if _initialized() else place().rank
+    return dist.get_rank() if is_initialized() else place().rank
 
 
 def world_size() -> int:
     """Number of processes; right also before `init`."""
-    return dist.get_world_size() if _initialized() else place().world_size
+    return dist.get_world_size() if is_initialized() else place().world_size
 
 
 def is_rank_zero() -> bool:
@@ -86,11 +83,12 @@ def is_rank_zero() -> bool:
 
 
 def store() -> Store | None:
-    """A few words that all ranks can write and read, outside of collectives; None if alone."""
+    """Small entries that all ranks can write and read, outside of collectives; None if alone."""
     return _store
 
 
-def _initialized() -> bool:
+def is_initialized() -> bool:
+    """Has this process joined the process group?"""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -107,7 +105,7 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
     """
     global _store
     here = place()
-    if _initialized() or here.world_size == 1:
+    if is_initialized() or here.world_size == 1:
         return
     cuda = torch.cuda.is_available()
     if backend == "nccl" and not cuda:
@@ -120,27 +118,27 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
     _store = _join(here, backend, timedelta(seconds=timeout))
     atexit.register(_leave_at_exit)
     if sys.version_info < (3, 12):
-        os.register_at_fork(before=_settle)
+        os.register_at_fork(before=_settle_before_fork)
     _end_with_launcher()
     logger.info("Process group: rank %d of %d, %s", rank(), world_size(), dist.get_backend())
 
 
-def _join(here: Place, backend: str | None, patience: timedelta) -> Store:
-    """Meet the other ranks; return a store for a few words."""
+def _join(here: Place, backend: str | None, timeout: timedelta) -> Store:
+    """Meet the other ranks; return a store for small entries outside of collectives."""
     # Its functions have the process group of the moment of their import as a default argument.
     # Were that ours, it would outlive `leave`, and its threads might crash the end of Python.
     importlib.import_module("torch.distributed.nn.functional")
     where = _rendezvous(here)
     try:
-        store, _, _ = next(rendezvous(where, here.rank, here.world_size, timeout=patience))
+        store, _, _ = next(rendezvous(where, here.rank, here.world_size, timeout=timeout))
     except (dist.DistError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise UserError(
             f"rank {here.rank} of {here.world_size} can't meet the others at {where}: {why}. Is "
             "the address right, the port free, and does each process run?"
         ) from error
-    store.set_timeout(patience)
-    # What is said in words travels between CPUs and never waits for a GPU.
+    store.set_timeout(timeout)
+    # Python objects travel between CPUs and never wait for a GPU.
     if torch.cuda.is_available() and backend in (None, "nccl"):
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(
@@ -148,7 +146,7 @@ def _join(here: Place, backend: str | None, patience: timedelta) -> Store:
         store=PrefixStore("group", store),
         rank=here.rank,
         world_size=here.world_size,
-        timeout=patience,
+        timeout=timeout,
     )
     return PrefixStore("whereabouts", store)
 
@@ -186,7 +184,7 @@ def _end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True, name="launcher").start()
 
 
-def _settle() -> None:
+def _settle_before_fork() -> None:
     """Let gloo's threads end what they do before a fork, such as that of a loader's worker.
 
     Until 3.12, a child hangs if another thread was creating its Python state at that moment
@@ -198,17 +196,40 @@ def _settle() -> None:
 def leave() -> None:
     """Leave the process group, if in one."""
     global _store
-    if _initialized():
+    if is_initialized():
         dist.destroy_process_group()
         _store = None
 
 
+def report_failure(error: BaseException) -> None:
+    """Post that this rank ends with an error, for rank zero to show it."""
+    if _store is not None:
+        with suppress(RuntimeError):
+            _store.set(f"failed {rank()}", f"{type(error).__name__}: {error}")
+
+
+def failures() -> dict[int, str]:
+    """The error of each rank that posted one."""
+    failed = {}
+    for other in range(world_size()):
+        with suppress(RuntimeError):
+            if _store is not None and _store.check([f"failed {other}"]):
+                failed[other] = _store.get(f"failed {other}").decode()
+    return failed
+
+
+def mark_broken() -> None:
+    """Let this process end without waiting for a collective that failed, and may never end."""
+    global _broken
+    _broken = True
+
+
 def _leave_at_exit() -> None:
-    failures = _failures()
-    for other, error in failures.items():
-        if is_rank_zero() and error != failures.get(rank()):  # nor what all ranks have met
+    failed = failures()
+    for other, error in failed.items():
+        if is_rank_zero() and error != failed.get(rank()):  # nor what all ranks have met
             logger.error("Rank %d failed: %s", other, error)
-    if _broken:  # a collective that will never end would hold us here until its timeout
+    if _broken:  # the collective would hold us here until its timeout
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -233,125 +254,3 @@ def device(name: str = "auto") -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise UserError(f"device={name}: there are auto, cpu, cuda and mps") from None
-
-
-# -------------------------------------------------------------------------------- disagreements
-# A rank that waits for long writes down where, and reads where the others are. Nothing of this
-# is done, or paid for, as long as collectives take less than PATIENCE.
-
-_store: Store | None = None  # a few words for each rank, outside of all collectives
-_count = 0  # collectives that this rank has waited for
-_broken = False  # one of them failed, and may never end
-
-
-def meet(what: str, items: Sequence[str] = ()) -> None:
-    """See that all ranks are about to do the same, else raise.
-
-    Args:
-        what: is about to be done, in words.
-        items: descriptions of what it is done to.
-
-    Raises:
-        RuntimeError: on all ranks, within seconds; names the ranks and the first difference.
-    """
-    if not is_distributed():
-        return
-    if not _initialized():
-        raise RuntimeError(f"{what}: call distrib.init() first, at the start of each process")
-    mine = torch.tensor([zlib.crc32("\n".join([what, *items]).encode())])
-    everyone = [torch.empty_like(mine) for _ in range(world_size())]
-    wait(dist.all_gather(everyone, mine, async_op=True), what)
-    if any(other != mine for other in everyone):
-        _tell(what, items)
-        raise RuntimeError(_differences(what, items))
-
-
-def wait(work: Any, what: str) -> None:
-    """Wait for an asynchronous collective between CPUs.
-
-    Raises:
-        RuntimeError: within seconds if another rank is gone, or waits in another collective.
-    """
-    global _count, _broken
-    _count += 1
-    told = conflicts = 0
-    failed = False
-    while True:
-        try:
-            work.wait(timedelta(seconds=PATIENCE))
-            break
-        except RuntimeError as error:
-            if work.is_completed() and not failed:
-                failed = True  # or it ended well, just after the time was up: asked again, it tells
-                continue
-            _tell(what)
-            told += 1
-            # Twice, for the word of another rank may just have been overtaken.
-            conflicts = conflicts + 1 if _is_elsewhere(what) else 0
-            if failed or conflicts == 2 or _store is None:
-                _broken = True
-                raise RuntimeError(_differences(what)) from error
-    if told:
-        _tell("")
-
-
-def report_failure(error: BaseException) -> None:
-    """Leave word that this rank ends with an error, for rank zero to show it."""
-    if _store is not None:
-        with suppress(RuntimeError):
-            _store.set(f"failed {rank()}", f"{type(error).__name__}: {error}")
-
-
-def _failures() -> dict[int, str]:
-    """The error of each rank that left word of one."""
-    failures = {}
-    for other in range(world_size()):
-        with suppress(RuntimeError):
-            if _store is not None and _store.check([f"failed {other}"]):
-                failures[other] = _store.get(f"failed {other}").decode()
-    return failures
-
-
-def _tell(what: str, items: Sequence[str] = ()) -> None:
-    """Leave word for the other ranks: in which collective we are, none if it is done."""
-    if _store is not None:
-        with suppress(RuntimeError):  # rank zero may keep the store, and be gone
-            _store.set(str(rank()), json.dumps([_count, what, list(items)]))
-
-
-def _words() -> dict[int, tuple[int, str, list[str]]]:
-    """What each rank left word of: the number of its collective, its name, its items."""
-    words = {}
-    for other in range(world_size()):
-        with suppress(RuntimeError):
-            if _store is not None and _store.check([str(other)]):
-                count, what, items = json.loads(_store.get(str(other)))
-                if what:
-                    words[other] = (count, what, items)
-    return words
-
-
-def _is_elsewhere(what: str) -> bool:
-    return any(word[:2] != (_count, what) for word in _words().values())
-
-
-def _differences(what: str, items: Sequence[str] = ()) -> str:
-    """Say where each rank is, once all have left word or had the time to."""
-    deadline = time.monotonic() + 1.5 * PATIENCE
-    while len(words := _words()) < world_size() and time.monotonic() < deadline:
-        if failed := _failures():
-            return "; ".join(f"rank {other} failed: {error}" for other, error in failed.items())
-        time.sleep(0.05)
-    said = [f"rank {rank()} is in {what}"]
-    for other in range(world_size()):
-        _, there, theirs = words.get(other, (0, "", []))
-        if not there and other != rank():
-            said.append(f"no word from rank {other}, which has ended or hangs")
-        elif there != what:
-            said.append(f"rank {other} in {there}")
-        for ours, their in zip_longest(items, theirs, fillvalue="none"):
-            if there == what and ours != their:
-                said[0] += f" with {ours}"
-                said.append(f"rank {other} with {their}")
-                break
-    return f"ranks disagree: {'; '.join(said)}. All ranks must call the same collectives"

@@ -16,10 +16,14 @@ from typing import Any, TypeVar
 
 from . import checkpoint, distrib, loader, preemption
 from .formatter import Formatter
-from .logging import LogProgressBar, ResultLogger, to_numbers
 from .midway import Loop, Midway
-from .state import AttributeWrapper, Records, RNGState, StateDict, StateManager, plain, summary
+from .plain import Records, to_plain
+from .progress import LogProgressBar
+from .results import ResultLogger, to_numbers
+from .rng import RNGState
+from .state import AttributeWrapper, StateDict, StateManager
 from .utils import Averages, UserError, flatten
+from .weights import summary
 from .xp import XP, FolderXP, HistoryFile, Preempted, get_xp, in_signature, lock, resume_command
 
 T = TypeVar("T")
@@ -155,13 +159,13 @@ class BaseSolver:
         if not self._midway.can_resume:
             self.logger.warning(
                 "Stopped by %s in epoch %d, which will be repeated: %s has no self.averager()",
-                preemption.asked(),
+                preemption.stop_signal(),
                 self.epoch,
                 self.current_stage,
             )
             return
         state = self.state_dict()
-        state["midway"]["pending"] = plain(self._pending_metrics)
+        state["midway"]["pending"] = to_plain(self._pending_metrics)
         error = ""
         if distrib.is_rank_zero():
             try:
@@ -174,7 +178,7 @@ class BaseSolver:
         text = f"step {step} of {self.current_stage} in epoch {self.epoch}"
         self.logger.warning(
             "Stopped by %s after %s: saved. The same command resumes there",
-            preemption.asked(),
+            preemption.stop_signal(),
             text,
         )
 
@@ -184,7 +188,7 @@ class BaseSolver:
         Args:
             strict: refuse a checkpoint with missing, unexpected or wrongly shaped entries, or one
                 of a config with other values; otherwise warn, and load the rest.
-            read_only: to look at a run rather than resume it: the generators of this process
+            read_only: to inspect a run rather than resume it: the generators of this process
                 and the files of the run stay as they are, whatever stage is then run: results go
                 to the log only. The config may differ.
         """
@@ -213,9 +217,9 @@ class BaseSolver:
     def _check_config(self, saved: dict[str, Any], strict: bool) -> None:
         """Refuse to resume with other values than the run began with, such as an edited default.
 
-        A key that is new in the config is only told of: nothing says that it changes anything.
+        A key that is new in the config only gives a warning: nothing says that it changes anything.
         """
-        then, now = flatten(saved), flatten(plain(self.xp.cfg, "the config"))
+        then, now = flatten(saved), flatten(to_plain(self.xp.cfg, "the config"))
         changes = {
             key: f"{key}: {then.get(key, 'absent')} -> {now.get(key, 'absent')}"
             for key in sorted(then.keys() | now.keys())
@@ -291,7 +295,7 @@ class BaseSolver:
         from omegaconf import OmegaConf
 
         if not self._restored:
-            tree = OmegaConf.to_yaml(plain(self.xp.cfg, "the config"))
+            tree = OmegaConf.to_yaml(to_plain(self.xp.cfg, "the config"))
             self.logger.info("Config of run %s:\n%s", self.xp.sig, tree.rstrip())
         for name, source in self.stateful.sources.items():
             if isinstance(source, AttributeWrapper) and (about := summary(source.value)):
@@ -461,7 +465,7 @@ class BaseSolver:
 
         Args:
             metrics: numbers, or tensors of one element.
-            every: leave out all steps but each so-many-th; 0 leaves out all.
+            every: log each n-th step only; 0 logs none.
         """
         stage = self.current_stage
         step = self.steps.get(stage, 0)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .logging import plain_text
+from .ansi import plain_text
 from .utils import UserError, write_and_rename
 from .xp import Grid, lock
 
@@ -102,16 +102,16 @@ class Sweep:
     def run(self) -> bool:
         """Run all that is not complete; return whether all is, in the end."""
         waiting = [xp for xp in self.grid.runs if not self._is_complete(xp)]
-        shown, told = "", 0.0
+        shown, reported = "", 0.0
         try:
             while waiting or self.running:
                 self._collect()
                 while waiting and len(self.running) < self.workers and self._has_gpus(waiting[0]):
                     self._start(waiting.pop(0))
                 states = repr(self.grid.states)
-                if states != shown or time.monotonic() - told > self.interval:
+                if states != shown or time.monotonic() - reported > self.interval:
                     self.show()
-                    shown, told = states, time.monotonic()
+                    shown, reported = states, time.monotonic()
                 time.sleep(0.1)
         except BaseException:  # also a mistake in the explorer: nothing is to train unseen
             self._stop()

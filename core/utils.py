@@ -38,13 +38,13 @@ def averager(beta: float = 1.0) -> Averages:
 
 
 class Averages(Mapping[str, float]):
-    """Averages of metrics so far, as numbers that are worked out when somebody looks.
+    """Averages of metrics so far, as numbers that are computed when they are read.
 
     Until then what is on a GPU stays there, and no step waits for it. A value that is infinite or
     no number is left out and counted: `loss.nonfinite` is how many steps had such a `loss`.
     """
 
-    WAITING = 10_000  # steps, at most, that nobody looked at: so memory is bounded
+    WAITING = 10_000  # steps that are kept unsummed at most, which bounds memory
 
     def __init__(self, beta: float = 1.0) -> None:
         self._beta = beta
@@ -53,11 +53,11 @@ class Averages(Mapping[str, float]):
         self._weight = 0.0
         self._steps: list[dict[str, Any]] = []  # that wait to be summed, each with its weight
         self._rows: list[torch.Tensor] = []  # what those have on a device, `[values]` each
-        self._seen: dict[str, float] | None = {}
+        self._current: dict[str, float] | None = {}
 
     def __call__(self, metrics: Mapping[str, Any], weight: Any = 1.0) -> Averages:
         """Take in the metrics of one step: numbers, or tensors of one element."""
-        self._seen = None
+        self._current = None
         step, on_device = {**metrics, WEIGHT: weight}, []
         try:
             for name, value in step.items():
@@ -92,10 +92,10 @@ class Averages(Mapping[str, float]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self._sums = {name: list(sums) for name, sums in state["sums"].items()}
-        self._weight, self._steps, self._rows, self._seen = state["weight"], [], [], None
+        self._weight, self._steps, self._rows, self._current = state["weight"], [], [], None
 
     def _sum(self) -> None:
-        """Sum the steps that wait, in their order; that takes one look at the device."""
+        """Sum the steps that wait, in their order; that waits for the device once."""
         values = iter(torch.cat(self._rows).tolist() if self._rows else ())
         for step in self._steps:
             if self._rows:
@@ -114,28 +114,28 @@ class Averages(Mapping[str, float]):
                     sums[2] += 1
         self._steps, self._rows = [], []
 
-    def _look(self) -> dict[str, float]:
-        if self._seen is None:
+    def _read(self) -> dict[str, float]:
+        if self._current is None:
             self._sum()
-            self._seen = {}
+            self._current = {}
             for name, (total, weight, nonfinite) in self._sums.items():
                 if weight:
-                    self._seen[name] = total / weight
+                    self._current[name] = total / weight
                 if nonfinite:
-                    self._seen[f"{name}.nonfinite"] = nonfinite
-        return self._seen
+                    self._current[f"{name}.nonfinite"] = nonfinite
+        return self._current
 
     def __getitem__(self, name: str) -> float:
-        known = self._look()
+        known = self._read()
         if name not in known and f"{name}.nonfinite" in known:
             raise KeyError(f"{name}: all of its values were NaN or infinite")
         return known[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._look())
+        return iter(self._read())
 
     def __len__(self) -> int:
-        return len(self._look())
+        return len(self._read())
 
     def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
         return {**self, **other}
@@ -144,7 +144,7 @@ class Averages(Mapping[str, float]):
         raise TypeError(f"averages are read-only: to set {name}, make a dict(...) of them")
 
     def __repr__(self) -> str:
-        return repr(self._look())
+        return repr(self._read())
 
 
 def _row(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Where a run lives: its folder, signature, config and history.
+"""Experiments: folder, signature, config and history of a run.
 
 This is the only file that knows Dora, and it imports it when used. Without Dora a plain folder
 serves as well: see `FolderXP`.
@@ -194,7 +194,9 @@ def hydra_main(
             kind = _main_class(typed=schema is not None)
             return kind(main, config_name, config_path, version_base=version_base)
         except Exception as error:
-            raise SystemExit(f"Config error in {config_name}.yaml: {_one_line(error)}") from error
+            raise SystemExit(
+                f"Config error in {config_name}.yaml: {_explain_config_error(error)}"
+            ) from error
 
     return decorate
 
@@ -204,7 +206,7 @@ def _main_class(typed: bool) -> Any:
     from dora.hydra import HydraMain
     from omegaconf import OmegaConf
 
-    _mend_dora()
+    _patch_dora()
 
     class Main(HydraMain):
         def get_xp(self, argv: Iterable[str]) -> Any:
@@ -216,13 +218,13 @@ def _main_class(typed: bool) -> Any:
             try:
                 xp = super().get_xp(argv)
             except Exception as error:
-                raise SystemExit(f"Config error: {_one_line(error, known)}") from None
-            if (asked := vars(self).pop("_asked", xp.sig)) != xp.sig:
-                logger.warning("Run %s with these overrides is another run: %s", asked, xp.sig)
+                raise SystemExit(f"Config error: {_explain_config_error(error, known)}") from None
+            if (requested := vars(self).pop("_requested", xp.sig)) != xp.sig:
+                logger.warning("Run %s with these overrides is another run: %s", requested, xp.sig)
             return xp
 
         def get_argv_from_sig(self, sig: str) -> Any:
-            self._asked = sig
+            self._requested = sig
             try:
                 return super().get_argv_from_sig(sig)
             except RuntimeError:
@@ -233,12 +235,12 @@ def _main_class(typed: bool) -> Any:
             return [name or "base" for name in names], base
 
         def init_xp(self, xp: Any) -> Any:
-            with _writing_runs():
+            with _explain_write_error():
                 return super().init_xp(xp)
 
         def _get_base_config(self, overrides: Any = ()) -> Any:
             base, delta = super()._get_base_config(overrides)
-            return base, _other_choices(self, delta)
+            return base, _omit_default_choices(self, delta)
 
         def _get_dora(self) -> Any:
             dora = super()._get_dora()
@@ -251,7 +253,7 @@ def _main_class(typed: bool) -> Any:
             return dora
 
         def get_slurm_config(self) -> Any:
-            _leave_out_gpus_where_none_are()
+            _omit_gpus_without_any()
             return super().get_slurm_config()
 
         def _is_active(self, argv: list[str]) -> bool:
@@ -262,7 +264,7 @@ def _main_class(typed: bool) -> Any:
 
             if not is_xp():
                 return super()._main()  # type: ignore[no-untyped-call]
-            return _run(self.main)
+            return _run_main(self.main)
 
     return Main
 
@@ -281,8 +283,8 @@ def _refuse_signature(sig: str, folder: Path) -> NoReturn:
     raise UserError(f"no run {sig} in {folder}: {hint}") from None
 
 
-def _other_choices(main: Any, delta: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Leave out of what tells a run from others: to choose from a group what is chosen anyway."""
+def _omit_default_choices(main: Any, delta: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Keep a choice from a group out of the signature if it is the default."""
     from hydra import compose, initialize_config_dir
 
     if not delta:
@@ -293,7 +295,7 @@ def _other_choices(main: Any, delta: list[tuple[str, Any]]) -> list[tuple[str, A
     return [(group, name) for group, name in delta if chosen.get(group) != name]
 
 
-def _run(main: Callable[[Any], Any]) -> Any:
+def _run_main(main: Callable[[Any], Any]) -> Any:
     """Call `main` with the config of the run; say how to resume it if it is interrupted."""
     # A terminated run ends as an interrupted one does: with its last checkpoint on disk.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -313,7 +315,7 @@ def _run(main: Callable[[Any], Any]) -> Any:
         raise SystemExit(130) from None
 
 
-def _mend_dora() -> None:
+def _patch_dora() -> None:
     """Work around what fails in Dora 0.1.13; a test tells when it no longer does."""
     from dora import git_save
     from dora.shep import Shepherd
@@ -332,12 +334,12 @@ def _mend_dora() -> None:
         xp.folder.mkdir(parents=True, exist_ok=True)
         assign(xp, clone)
 
-    # It makes its folders before it asks us anything.
+    # It makes its folders before our own code can catch an error.
     start = Shepherd.__init__
 
     @functools.wraps(start)
     def init(*args: Any, **kwargs: Any) -> None:
-        with _writing_runs():
+        with _explain_write_error():
             start(*args, **kwargs)
 
     if not hasattr(assign, "__wrapped__"):
@@ -346,7 +348,7 @@ def _mend_dora() -> None:
 
 
 @contextmanager
-def _writing_runs() -> Iterator[None]:
+def _explain_write_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -355,7 +357,7 @@ def _writing_runs() -> Iterator[None]:
         ) from None
 
 
-def _leave_out_gpus_where_none_are() -> None:
+def _omit_gpus_without_any() -> None:
     """Let Dora start jobs on a cluster without GPUs: there, `slurm.gpus` just counts processes."""
     from dora.shep import Shepherd
 
@@ -463,7 +465,7 @@ def _requeue(by: str) -> None:
     time.sleep(60)  # to end before rank zero has asked would fail the job
 
 
-def _one_line(error: BaseException, known: Sequence[str] = ()) -> str:
+def _explain_config_error(error: BaseException, known: Sequence[str] = ()) -> str:
     """What is wrong with the config, from an error and its causes, with the nearest known key."""
     # Hydra's parser keeps the override that it can't read apart from what it says.
     lines = [override] if (override := getattr(error, "override", "")) else []
@@ -473,8 +475,8 @@ def _one_line(error: BaseException, known: Sequence[str] = ()) -> str:
     cause: BaseException | None = error
     key = ""
     while cause is not None:
-        said = (str(cause) or type(cause).__name__).replace(":\n", ": ")
-        lines.append(said.splitlines()[0].rstrip("."))
+        text = (str(cause) or type(cause).__name__).replace(":\n", ": ")
+        lines.append(text.splitlines()[0].rstrip("."))
         if (mark := getattr(cause, "problem_mark", None)) is not None:  # of YAML's parser
             lines.append(f"line {mark.line + 1}: {getattr(cause, 'problem', '')}")
         key = key or str(getattr(cause, "full_key", None) or "")
@@ -487,7 +489,8 @@ def _one_line(error: BaseException, known: Sequence[str] = ()) -> str:
         ends = {name.rpartition(".")[2]: name for name in known}  # `lr` may be that of `optim`
         near = [ends.get(n, n) for n in difflib.get_close_matches(key, [*known, *ends], n=1)]
         lines.append(f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}")
-    half_new = "Missing mandatory value" if known else "not in '"  # only in schema, or in config
+    # Of a key that is only in the schema, or only in the config.
+    half_new = "Missing mandatory value" if known else "not in '"
     if any(half_new in line for line in lines):
         lines.append(NEW_KEY)
     return ": ".join(dict.fromkeys(lines))

@@ -64,6 +64,6 @@ def test_every_message_is_on_the_page_and_no_other() -> None:
     page = cells()
     missing = [found for found in known if not any(map(pattern(found[1]).search, page))]
     assert not missing
-    # What is put together from several literals, in `process_group._differences`.
+    # What is put together from several literals, in `watchdog._differences`.
     patterns = [pattern(text) for _, text in known] + [pattern("ranks disagree: …")]
     assert not [cell for cell in page if not any(p.search(cell) for p in patterns)]

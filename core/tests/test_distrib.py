@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from .. import distrib, loader, process_group
+from .. import distrib, gradients, loader, process_group
 from ..utils import UserError, averager
 from .processes import on_ranks
 
@@ -364,7 +364,7 @@ def _misuse() -> list[Any]:
         p.sum().backward()
         (distrib.rank() * p).sum().backward()
     said.append(p.grad.tolist() if p.grad is not None else None)
-    big = [nn.Parameter(torch.ones(distrib.ALONE_BYTES // 4)) for _ in range(2)]
+    big = [nn.Parameter(torch.ones(gradients.ALONE_BYTES // 4)) for _ in range(2)]
     try:
         with distrib.eager_sync_gradients(big):
             sum(p.sum() for p in big).backward()  # type: ignore[union-attr]

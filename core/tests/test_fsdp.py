@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import BaseSolver, distrib
-from ..state import EMA, Best
+from ..weights import EMA, Best
 from .processes import on_ranks
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import BaseSolver, averager, checkpoint, distrib, preemption
 from ..loader import loader
-from ..state import EMA
+from ..weights import EMA
 from ..xp import Preempted
 from .processes import on_ranks
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from .. import distrib, process_group
+from .. import distrib, watchdog
 from .processes import on_ranks
 
 
@@ -50,7 +50,7 @@ def _go_wrong(how: str) -> tuple[str, float]:
             _train(model)
         elif how == "is slow":
             if wrong:
-                time.sleep(2.5 * process_group.PATIENCE)
+                time.sleep(2.5 * watchdog.WATCHDOG_SECONDS)
             _train(model)
             distrib.barrier()
     except RuntimeError as error:
@@ -104,5 +104,5 @@ def test_a_collective_that_ends_just_after_the_time_is_up_has_not_failed() -> No
             return True
 
     late = Late()
-    process_group.wait(late, "all_reduce")
+    watchdog.wait(late, "all_reduce")
     assert late.waited == 2

@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 from .. import BaseSolver, checkpoint, distrib
 from .. import loader as loading
 from ..loader import loader
-from ..state import seed_everything
+from ..rng import seed_everything
 from ..xp import Preempted
 from .processes import on_ranks
 

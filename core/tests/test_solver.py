@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from .. import BaseSolver, averager, checkpoint, solver
-from ..state import EMA, Best, seed_everything
+from ..rng import seed_everything
 from ..utils import UserError
+from ..weights import EMA, Best
 from ..xp import FolderXP
 
 CORE = Path(__file__).parent.parent

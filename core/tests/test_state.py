@@ -17,17 +17,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ..state import (
-    EMA,
-    AttributeWrapper,
-    Best,
-    RNGState,
-    StateManager,
-    WriteOnlyWrapper,
-    plain,
-    summary,
-)
+from ..plain import to_plain
+from ..rng import RNGState
+from ..state import AttributeWrapper, StateManager, WriteOnlyWrapper
 from ..utils import UserError
+from ..weights import EMA, Best, summary
 
 
 class Owner:
@@ -157,7 +151,7 @@ def test_best_keeps_a_copy_and_lends_it() -> None:
     restored = Best({"model": other.model}, mode="max")
     with restored.swapped():  # there is none yet: the weights stay
         pass
-    restored.load_state_dict(through_file(plain(best.state_dict())))
+    restored.load_state_dict(through_file(to_plain(best.state_dict())))
     assert not restored.update(0.4)
     with restored.swapped():
         assert torch.equal(weights(other.model), first)
@@ -184,7 +178,7 @@ def test_averages_of_weights() -> None:
         assert model.weight.item() == pytest.approx(expected, rel=1e-2)
         raise KeyError
     assert model.weight.item() == 4
-    state = through_file(plain(ema.state_dict()))
+    state = through_file(to_plain(ema.state_dict()))
     ema.states["model"]["weight"].zero_()
     ema.load_state_dict(state)
     assert ema.states["model"]["weight"].item() == pytest.approx(expected)
@@ -232,11 +226,11 @@ def test_plain_converts_what_researchers_have() -> None:
         "p": "x",
         "t": (1, [None]),
     }
-    assert through_file(plain(value)) == expected
-    assert torch.equal(plain(np.arange(3)), torch.arange(3))
-    assert hasattr(plain(nn.BatchNorm1d(2).state_dict()), "_metadata")
+    assert through_file(to_plain(value)) == expected
+    assert torch.equal(to_plain(np.arange(3)), torch.arange(3))
+    assert hasattr(to_plain(nn.BatchNorm1d(2).state_dict()), "_metadata")
     with pytest.raises(TypeError, match=r"state\.a\.0 is a object"):
-        plain({"a": [object()]})
+        to_plain({"a": [object()]})
 
 
 def test_generators_are_restored_exactly() -> None:
@@ -244,7 +238,7 @@ def test_generators_are_restored_exactly() -> None:
         return [random.random(), float(np.random.randn()), torch.rand(()).item()]
 
     np.random.randn()
-    state = through_file(plain(RNGState().state_dict()))
+    state = through_file(to_plain(RNGState().state_dict()))
     first = draw()
     RNGState().load_state_dict(state)
     assert draw() == first

@@ -267,13 +267,13 @@ def test_flashys_example_runs_with_the_import_changed(toy: Path) -> None:
     python(toy, "-m", "dora", "-P", "toy", "run", "-d", "--ddp_workers=2", "lr=0.2")
 
 
-def test_dora_still_needs_mending(tmp_path: Path) -> None:
+def test_dora_still_needs_patches(tmp_path: Path) -> None:
     """If this fails, Dora has mended something: drop our way around it, in `xp.py`."""
     pytest.importorskip("dora")
     from dora import git_save, shep
     from dora.conf import SlurmConfig
 
-    xp._mend_dora()
+    xp._patch_dora()
     assign: Any = git_save.assign_clone
     run = SimpleNamespace(
         folder=tmp_path / "new",

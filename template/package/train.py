@@ -3,7 +3,7 @@
 import torch
 
 from .core import distrib, setup_logging
-from .core.state import seed_everything
+from .core.rng import seed_everything
 from .core.utils import UserError
 from .core.xp import hydra_main
 from .schema import Config

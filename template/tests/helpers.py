@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from {{ cookiecutter.package_name }}.core.state import seed_everything
+from {{ cookiecutter.package_name }}.core.rng import seed_everything
 from {{ cookiecutter.package_name }}.core.xp import FolderXP
 from {{ cookiecutter.package_name }}.solver import Solver
 from {{ cookiecutter.package_name }}.train import main

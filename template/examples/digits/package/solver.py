@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from .core import BaseSolver, Formatter, distrib
 from .core.checkpoint import Policy
 from .core.loader import loader, split_batch
-from .core.state import EMA, Best
 from .core.utils import UserError, make_grid
+from .core.weights import EMA, Best
 from .core.xp import XP
 from .data import CLASSES, Images, load
 from .model import ConvNet
