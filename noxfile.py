@@ -29,7 +29,7 @@ RUNTIME = (
 PEERS = ("accelerate", "flashy", "lightning", "lightning-fabric", "pytorch-ignite")
 
 PYTEST = ("pytest", "pytest-timeout", "pytest-xdist")
-SHARED = ("-n", "3", "--dist", "loadfile")  # tests wait more than they work
+SHARED = ("-n", "3", "--dist", "worksteal")  # tests wait more than they work
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 nox.options.sessions = ["lint", "tests", "matrix", "slurm"]

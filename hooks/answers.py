@@ -20,10 +20,10 @@ from jinja2.ext import Extension
 
 # Packages that the rendered project uses, and names that mean something in it.
 DEPENDENCIES = {
-    "cookiecutter", "dora", "hatchling", "hydra", "mypy", "nox", "numpy", "omegaconf", "pil",
-    "pillow", "pip", "pkg_resources", "plotly", "pre_commit", "pytest", "pytest_timeout", "ruff",
-    "scikit_learn", "scipy", "setuptools", "sklearn", "submitit", "tensorboard", "tensorflow",
-    "torch", "torchaudio", "torchvision", "tqdm", "treetable", "wandb",
+    "cookiecutter", "dora", "filelock", "hatchling", "hydra", "mypy", "nox", "numpy", "omegaconf",
+    "pil", "pillow", "pip", "pkg_resources", "plotly", "pre_commit", "pytest", "pytest_timeout",
+    "ruff", "scikit_learn", "scipy", "setuptools", "sklearn", "submitit", "tensorboard",
+    "tensorflow", "torch", "torchaudio", "torchvision", "tqdm", "treetable", "wandb",
 }  # fmt: skip
 FOLDERS = {
     "bin", "build", "conf", "config", "conftest", "core", "dist", "docs", "example", "examples",
