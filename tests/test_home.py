@@ -131,7 +131,8 @@ def test_the_commands_of_the_readme(digits: Home) -> None:
         if command.startswith("tensorboard"):
             said = serve(digits, command)
         elif "SIG" in command:
-            said = digits.shell(command.replace("SIG", sig))
+            limit = "epochs=1 debug=limit" if "continue_from" in command else ""
+            said = digits.shell(f"{command} {limit}".replace("SIG", sig))
             assert "is complete" in said
         elif command.startswith("dora run"):
             limit = "" if "debug=" in command else "debug=limit"

@@ -4,6 +4,7 @@ Flashy's own two examples come from its archive on the package index, and are sk
 out of reach; the one of its README is in `flashy_readme.md`.
 """
 
+import ast
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ SDIST = (
     "flashy==0.0.2 --hash=sha256:e7f5afc3130d5af5ddbce1d22f4a729f1900055488cb0b531cdbc190dc79e9fd"
 )
 PAGE = blocks(DOCS / "migrating.md")
-STEPS = [block for block in PAGE if block.language == "bash"]
+STEPS = {block.name: block for block in PAGE if block.language == "bash"}
 PEERS = {
     "From a bare loop": "torch",
     "From Lightning": "lightning",
@@ -57,9 +59,12 @@ def run(project: Path, *command: str, **env: str) -> str:
     return done.stdout
 
 
-def follow(project: Path, old: Path, *steps: Block) -> None:
+def follow(project: Path, old: Path, *steps: str) -> str:
+    """Take the steps of these names; return what the last one says."""
+    said = ""
     for step in steps:
-        run(project, "bash", "-euc", step.text, OLD=str(old))
+        said = run(project, "bash", "-euc", STEPS[step].text, OLD=str(old))
+    return said
 
 
 def folder(project: Path, outputs: str = "outputs") -> Path:
@@ -141,13 +146,12 @@ def test_the_example_of_flashys_readme(project: Path, tmp_path: Path) -> None:
     kept = config.text.replace("/tmp/", f"{tmp_path}/")
     (old / "config" / "config.yaml").write_text(kept)
 
-    move, change, *others, loop, _ = STEPS
-    follow(project, old, move, change)
+    follow(project, old, "move", "imports")
     run(project, "dora", "run")  # with nothing but the import changed, and so one epoch short
     [first] = tmp_path.glob("flashy_basic_me/outputs/xps/*")
     assert [[*epoch] for epoch in history(first)] == [["train"]] * 9
 
-    follow(project, old, *others, loop)
+    assert follow(project, old, "averages", "config", "loop", "check") == "Nothing is left.\n"
     run(project, "dora", "run")
     moved = folder(project)
     whole = history(moved)
@@ -159,8 +163,7 @@ def test_the_example_of_flashys_readme(project: Path, tmp_path: Path) -> None:
 
 
 def test_flashys_basic(project: Path, examples: Path) -> None:
-    move, change, *others, _, _ = STEPS
-    follow(project, examples / "basic", move, change, *others)
+    follow(project, examples / "basic", "move", "imports", "averages", "config")
     run(project, "dora", "run", "-d", "--ddp_workers=2")
     assert len(history(folder(project))) == 10
     assert {path.name for path in folder(project).glob("solver.log.*")} == {
@@ -169,13 +172,101 @@ def test_flashys_basic(project: Path, examples: Path) -> None:
     }
 
 
+SPELLINGS = """
+import flashy.distrib as fdist
+import flashy as f
+from dora import get_xp, hydra_main
+from flashy import averager
+from flashy.distrib import rank  # noqa
+from flashy.loggers import TensorboardLogger
+
+def build():
+    import flashy  # noqa
+    average = averager(beta=0.9)
+    both = [f.averager(), flashy.utils.averager()]
+
+@hydra_main(config_path="config", config_name="config", version_base="1.1")
+def main(cfg):
+    pass
+"""
+MOVED = """
+import my_research.core.distrib as fdist
+from my_research import core as f
+from dora import get_xp
+from my_research.core.xp import hydra_main
+from my_research.core import averager
+from my_research.core.distrib import rank  # noqa
+from my_research.core.loggers import TensorboardLogger
+
+def build():
+    from my_research import core as flashy
+    average = self.averager(beta=0.9)
+    both = [self.averager(), self.averager()]
+
+@hydra_main(config_path="config", config_name="config")
+def main(cfg):
+    pass
+"""
+
+
+def test_other_spellings(project: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    (old / "config").mkdir(parents=True)
+    (old / "config" / "config.yaml").write_text("dora:\n  dir: here\n")
+    (old / "train.py").write_text(SPELLINGS)
+    (old / "more.py").write_text("from dora import hydra_main\nimport flashy, torch\n")
+    said = follow(project, old, "move", "imports", "averages", "config", "loop", "check")
+    assert (project / "my_research" / "train.py").read_text() == MOVED
+    assert sorted(said.splitlines()) == [
+        "my_research/more.py:2:import flashy, torch",
+        "my_research/train.py:8:from my_research.core.loggers import TensorboardLogger",
+    ]
+    more = (project / "my_research" / "more.py").read_text()
+    assert more == "from my_research.core.xp import hydra_main\nimport flashy, torch\n"
+    assert [path.name for path in (project / "tests").iterdir()] == ["__init__.py"]
+
+
+def parameters(path: Path) -> Iterator[tuple[str, str]]:
+    """Each public function of a module, or method of a class there, and each of its arguments."""
+
+    def arguments(function: ast.FunctionDef, name: str) -> Iterator[tuple[str, str]]:
+        args = function.args
+        yield name, ""
+        for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.kwarg):
+            if arg is not None and arg.arg not in ("self", "cls"):
+                yield name, arg.arg
+
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name[0] != "_":
+            yield from arguments(node, node.name)
+        for method in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(method, ast.FunctionDef) and not re.match("_(?!_)", method.name):
+                yield from arguments(method, f"{node.name}.{method.name}")  # type: ignore[attr-defined]
+
+
+def test_all_that_differs_is_listed(examples: Path) -> None:
+    text = (DOCS / "migrating.md").read_text()
+    [table] = re.findall(r"### What differs\n(.*?)^## ", text, re.M | re.S)
+    ours = {found for path in (ROOT / "core").glob("*.py") for found in parameters(path)}
+    paths = (examples.parent / "flashy").glob("*.py")
+    other = {name for path in paths for name, arg in parameters(path) if (name, arg) not in ours}
+    names = {name.split(".")[-1] for name in other} - {
+        "history",  # an attribute rather than a property
+        "init_tensorboard",  # whose `**kwargs` are the same, by name
+        "__next__",  # by a generator
+        *("colorize", "rank_zero_only"),  # whose argument is called otherwise
+    }
+    assert len(names) > 5
+    assert sorted(name for name in names if name not in table) == []
+
+
 @pytest.fixture(scope="module")
 def cifar(rendered: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Flashy's `cifar`, with nothing but the import changed."""
     where = tmp_path_factory.mktemp("cifar") / "my-research"
     project = Path(shutil.copytree(rendered, where))
     shutil.copy(ROOT / "tests" / "torchvision.py", project)
-    follow(project, examples / "cifar", *STEPS[:2])
+    follow(project, examples / "cifar", "move", "imports")
     config = project / "my_research" / "config" / "config.yaml"
     config.write_text(config.read_text().replace("/tmp/", f"{project.parent}/"))
     return project
@@ -189,7 +280,7 @@ def test_flashys_cifar_with_one_line_changed(cifar: Path) -> None:
 
 def test_flashys_cifar(cifar: Path, tmp_path: Path) -> None:
     project = Path(shutil.copytree(cifar, tmp_path / "my-research"))
-    follow(project, tmp_path, *STEPS[2:])
+    follow(project, tmp_path, *[*STEPS][2:])
     command = ["dora", "run", "epochs=4", "optim.lr=0.1"]
     run(project, *command, MY_RESEARCH_DIR="whole")
     whole = folder(project, "whole")
@@ -216,7 +307,7 @@ def test_flashys_cifar(cifar: Path, tmp_path: Path) -> None:
 
 def test_flashys_cifar_on_two_processes(cifar: Path, tmp_path: Path) -> None:
     project = Path(shutil.copytree(cifar, tmp_path / "my-research"))
-    follow(project, tmp_path, *STEPS[2:])
+    follow(project, tmp_path, *[*STEPS][2:])
     # Each process says which weights it has, before and after.
     solver = project / "my_research" / "solver.py"
     text = solver.read_text().replace("self.commit()", "self.commit(); self.log_start()")
