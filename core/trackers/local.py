@@ -34,10 +34,10 @@ class LocalFiles(Tracker):
             json.dump({"params": params, "metrics": metrics}, file, indent=2, default=str)
 
     def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        self._write({**metrics, "stage": stage, "epoch": step})
+        self._write({"stage": stage, "epoch": step, **metrics})
 
     def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
-        self._write({**metrics, "stage": stage, "epoch": epoch, "step": step})
+        self._write({"stage": stage, "epoch": epoch, "step": step, **metrics})
 
     def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int]) -> None:
         def keep(row: dict[str, Any]) -> bool:
