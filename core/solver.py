@@ -371,6 +371,9 @@ class BaseSolver:
         try:
             begin = self._midway.start_stage()
             returned = method(*args, **kwargs)
+            if not isinstance(returned, Mapping | None):
+                kind = type(returned).__name__
+                raise TypeError(f"stage {stage_name!r} returned a {kind}, not a dict of metrics")
             metrics = to_numbers({**(returned or {}), "duration": time.monotonic() - begin})
             self.log_metrics(stage_name, metrics)
             self._midway.stage_done(stage_name, metrics)

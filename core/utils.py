@@ -58,6 +58,8 @@ class Averages(Mapping[str, float]):
     def __call__(self, metrics: Mapping[str, Any], weight: Any = 1.0) -> Averages:
         """Take in the metrics of one step: numbers, or tensors of one element."""
         self._current = None
+        if metrics is None:
+            raise TypeError("averager: a step gave None, not a dict of metrics: does it return?")
         step, on_device = {**metrics, WEIGHT: weight}, []
         try:
             for name, value in step.items():

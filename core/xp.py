@@ -489,8 +489,11 @@ def _explain_config_error(error: BaseException, known: Sequence[str] = ()) -> st
         ends = {name.rpartition(".")[2]: name for name in known}  # `lr` may be that of `optim`
         near = [ends.get(n, n) for n in difflib.get_close_matches(key, [*known, *ends], n=1)]
         lines.append(f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}")
-    # Of a key that is only in the schema, or only in the config.
-    half_new = "Missing mandatory value" if known else "not in '"
-    if any(half_new in line for line in lines):
-        lines.append(NEW_KEY)
+    half_new = "Missing mandatory value" if known else "not in '"  # in the schema or config only
+    hints = {
+        half_new: NEW_KEY,
+        "is not a ListConfig": "a list is written [a, b]",
+        "Ambiguous value": "one value makes one run; for several runs, write a grid",
+    }
+    lines += [hint for words, hint in hints.items() if any(words in line for line in lines)]
     return ": ".join(dict.fromkeys(lines))

@@ -310,6 +310,13 @@ def test_two_processes_do_not_train_one_run(
     assert len(json.loads((tmp_path / "history.json").read_text())) == 2
 
 
+def test_what_is_no_metric_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="stage 'train' returned a float, not a dict of metrics"):
+        Solver(tmp_path).run_stage("train", lambda: 1.0)
+    with pytest.raises(TypeError, match="a step gave None, not a dict of metrics"):
+        averager()(None)  # type: ignore[arg-type]
+
+
 def test_names_of_columns_are_no_metrics(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"a metric is called epoch, as a column of metrics\.jsonl"

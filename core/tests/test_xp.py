@@ -147,6 +147,7 @@ def test_a_run_has_a_folder_by_its_overrides(toy: Path, tmp_path: Path) -> None:
     ("override", "said"),
     [
         ("lrr=1", r"lrr.*did you mean 'lr'\?"),
+        ("lr=1,2", "Ambiguous value.*for several runs, write a grid"),
         ("momentun=1", r"momentun.*did you mean 'optim.momentum'\?"),
         ("optim.momentun=1", r"momentun.*did you mean 'optim.momentum'\?"),
         ("optim.zzzzzz=1", r"zzzzzz.*keys are (?!.*hydra).*optim.name"),
