@@ -150,8 +150,8 @@ class Solver(BaseSolver):
         if steps := average.get("loss.nonfinite"):
             raise UserError(
                 f"{self.current_stage}, epoch {self.epoch}: on rank {distrib.rank()}, the loss was "
-                f"NaN or infinite in {steps:.0f} of the steps; the last commit is safe. Try a lower "
-                "optim.lr, or optim.clip"
+                f"NaN or infinite in {steps:.0f} of the steps; the last commit is safe. Try a "
+                "lower optim.lr, or optim.clip"
             )
 
     def log_hardest(self, count: int = 16) -> None:
