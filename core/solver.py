@@ -314,7 +314,9 @@ class BaseSolver:
             shown = self.get_formatter(stage)({metric: self.history[epoch - 1][stage][metric]})
             best = "".join(f", best {stage}.{n} {v} in epoch {epoch}" for n, v in shown.items())
         done = self.epoch - 1
-        self.logger.info("Run %s is complete: epoch %d%s: %s", self.xp.sig, done, best, self.folder)
+        self.logger.info(
+            "Run %s is complete after epoch %d%s: %s", self.xp.sig, done, best, self.folder
+        )
 
     # ------------------------------------------------------------------------------------- state
 

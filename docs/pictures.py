@@ -72,7 +72,11 @@ def terminal(project: Path, target: Path) -> None:
 
     stopped = record(project, "dora run", stop="Valid Summary | Epoch 3")
     show("dora run", stopped, "(starts|resumes) in|Interrupted|Summary")
-    show("dora run", record(project, "dora run"), r"starts with|Summary \| Epoch (3|4|14|15)\b")
+    show(
+        "dora run",
+        record(project, "dora run"),
+        r"resumes in|is complete|Summary \| Epoch (3|4|14|15)\b",
+    )
     record(project, "dora run optim.lr=1e-3")
     show("dora run optim.lr=1e-3", ["..."])
     table = record(project, "my_research.core.report")

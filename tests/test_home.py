@@ -214,7 +214,7 @@ def test_ci_is_safe_and_does_what_the_matrix_does(home: Home) -> None:
 def test_ci_trains_is_killed_and_goes_on(example: str, template: Path, tmp_path: Path) -> None:
     home = Home(template, tmp_path, example)
     step = home.workflow()["jobs"]["check"]["steps"][-1]
-    assert "is complete: epoch" in home.shell(step["run"], **step["env"])
+    assert "is complete after epoch" in home.shell(step["run"], **step["env"])
     assert home.shell("git status --porcelain") == ""
 
 

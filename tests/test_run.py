@@ -86,7 +86,7 @@ def test_ctrl_c_and_on(project: Path) -> None:
     said = finish(start(project, *resume.split()))
     assert f"resumes in epoch {done + 1}:" in said
     assert "Config of run" not in said
-    assert "is complete: epoch 40: " in said
+    assert "is complete after epoch 40: " in said
     assert len(history(project)) == 40
 
 
@@ -108,7 +108,7 @@ def test_doras_other_commands(project: Path) -> None:
         return done.stdout + done.stderr
 
     assert str(run) in dora("-m", "dora", "info", "epochs=2")
-    assert "is complete: epoch" in dora("-m", "dora", "run", "-f", run.name)
+    assert "is complete after epoch" in dora("-m", "dora", "run", "-f", run.name)
 
     said = dora("-m", "dora", "run", "-f", run.name, "epochs=1")
     assert f"Run {run.name} with these overrides is another run: " in said

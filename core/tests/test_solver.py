@@ -67,7 +67,7 @@ def test_an_end_tells_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     solver = Solver(tmp_path, epochs=3)
     solver.run()
     solver.log_end()
-    assert f"Run {tmp_path.name} is complete: epoch 3: {tmp_path}" in caplog.text
+    assert f"Run {tmp_path.name} is complete after epoch 3: {tmp_path}" in caplog.text
     solver.checkpoints = checkpoint.Policy(best="train.loss")
     losses = [epoch["train"]["loss"] for epoch in solver.history]
     best, at = min(losses), losses.index(min(losses)) + 1
