@@ -113,7 +113,9 @@ class Template:
             commit = f"{name}^{{commit}}"
             if found := git(self.clone, "rev-parse", "--verify", "--quiet", commit, check=False):
                 return found
-        tags = git(self.clone, "tag", "--sort=-creatordate").split()[:5]
+        # By date, and of one second by version: the last order given counts first.
+        newest = "--sort=-version:refname", "--sort=-creatordate"
+        tags = git(self.clone, "tag", *newest).split()[:5]
         known = f"; the newest tags are {', '.join(tags)}" if tags else ""
         raise UpdateError(f"no tag, branch or commit {ref or 'HEAD'} in {self.address}{known}")
 
