@@ -21,13 +21,12 @@ from . import process_group
 SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 ]
-REPEAT = 10.0  # seconds in which another signal is taken for the same request: a collective may
-# hold up the first one for a while
+# Seconds in which another signal counts as the same request: a rank in a collective notices late.
+REPEAT = 10.0
 POLL = 0.5  # seconds between checks whether another rank got a signal
 ANSWER = 30.0  # seconds in which all ranks must notice that one got a signal
 
 Position = tuple[int, ...]  # of a step: epoch, stage, loop, step; grows with the training
-
 
 _signal = ""  # name of the signal that asked to stop; empty without one
 _signal_at = 0.0

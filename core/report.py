@@ -30,8 +30,10 @@ from . import checkpoint
 from .utils import UserError, flatten, write_and_rename
 
 HIGHER = re.compile(
-    r"^(?!.*(loss|err)).*(?<![a-z])(m?acc|accuracy|auc|bleu|correct|dice|f1|m?iou|m?ap|precision|psnr|r2|recall|returns?"
-    r"|rewards?|rouge|score|si_?snr|snr|ssim|success|top\d+|wins?)\d*(?![a-z])"
+    r"^(?!.*(loss|err)).*(?<![a-z])"
+    r"(m?acc|accuracy|auc|bleu|correct|dice|f1|m?iou|m?ap|precision|psnr|r2|recall|returns?"
+    r"|rewards?|rouge|score|si_?snr|snr|ssim|success|top\d+|wins?)"
+    r"\d*(?![a-z])"
 )
 # Okabe and Ito's colours, without those that vanish on white or on black; then the kinds of line.
 COLOURS = ["#0a83c9", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#8c8c8c"]

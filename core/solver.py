@@ -112,13 +112,8 @@ class BaseSolver:
 
     def wait(self) -> None:
         """Wait until all that was committed is on disk; an error in that raises on all ranks."""
-        error: Exception | None = None
-        try:
+        with _raised_everywhere():
             self._writer.wait()
-        except Exception as caught:
-            error = caught
-        if failed := distrib.broadcast_object(str(error) if error else ""):
-            raise error or checkpoint.CheckpointError(failed)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -166,14 +161,9 @@ class BaseSolver:
             return
         state = self.state_dict()
         state["midway"]["pending"] = to_plain(self._pending_metrics)
-        error = ""
-        if distrib.is_rank_zero():
-            try:
+        with _raised_everywhere():
+            if distrib.is_rank_zero():
                 checkpoint.save_midway(state, self.checkpoint_path, len(self.history))
-            except checkpoint.CheckpointError as failed:
-                error = str(failed)
-        if error := distrib.broadcast_object(error):
-            raise checkpoint.CheckpointError(error)
         step = state["midway"]["stage"]["step"]
         text = f"step {step} of {self.current_stage} in epoch {self.epoch}"
         self.logger.warning(
@@ -504,6 +494,18 @@ class BaseSolver:
     def log_text(self, stage_name: str, key: str, text: str) -> None:
         """Log a text."""
         self.result_logger.log_text(stage_name, key, text, self.epoch)
+
+
+@contextmanager
+def _raised_everywhere() -> Iterator[None]:
+    """Let an error of rank zero in the body raise on all ranks."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if message := distrib.broadcast_object(str(error) if error else ""):
+        raise error or checkpoint.CheckpointError(message)
 
 
 def _managed(run: Callable[..., T]) -> Callable[..., T]:

@@ -87,10 +87,6 @@ class AttributeWrapper:
             parent, last = self._parent()
             setattr(parent, last, state)
 
-    def reconcile(self, state: Any) -> tuple[Any, list[str]]:
-        """The part of a state that fits here, and by name what does not."""
-        return reconcile(self.value, state, self.name)
-
     @property
     def follows_weights(self) -> bool:
         """Is the state of no use without the very weights that it was saved with?"""
@@ -153,7 +149,7 @@ class StateManager:
         attributes = {n: s for n, s in readable.items() if isinstance(s, AttributeWrapper)}
         differ: list[str] = []
         for name in attributes.keys() & usable.keys():
-            usable[name], found = attributes[name].reconcile(usable[name])
+            usable[name], found = reconcile(attributes[name].value, usable[name], name)
             differ += found
         for name in [n for n, s in attributes.items() if differ and s.follows_weights]:
             if usable.pop(name, None) is not None:

@@ -111,12 +111,11 @@ def reconcile(value: Any, state: Any, name: str) -> tuple[Any, list[str]]:
     if isinstance(value, nn.Module):
         return _fit(module_state(value), state, name)
     if isinstance(value, EMA):
-        found = {
-            n: _fit(dict(own), state.get(n, {}), f"{name}.{n}") for n, own in value.states.items()
-        }
-        return {n: usable for n, (usable, _) in found.items()}, [
-            problem for _, problems in found.values() for problem in problems
-        ]
+        usable, problems = {}, []
+        for module, own in value.states.items():
+            usable[module], found = _fit({**own}, state.get(module, {}), f"{name}.{module}")
+            problems += found
+        return usable, problems
     return state, []
 
 

@@ -209,6 +209,8 @@ def _main_class(typed: bool) -> Any:
     _patch_dora()
 
     class Main(HydraMain):
+        _requested = ""  # signature that `-f` or `get_xp_from_sig` asked for
+
         def get_xp(self, argv: Iterable[str]) -> Any:
             keys = flatten(cast(Any, OmegaConf.to_container(self._base_cfg)))
             groups = [name for name in self._config_groups if not name.startswith("hydra")]
@@ -219,7 +221,8 @@ def _main_class(typed: bool) -> Any:
                 xp = super().get_xp(argv)
             except Exception as error:
                 raise SystemExit(f"Config error: {_explain_config_error(error, known)}") from None
-            if (requested := vars(self).pop("_requested", xp.sig)) != xp.sig:
+            requested, self._requested = self._requested, ""
+            if requested not in ("", xp.sig):
                 logger.warning("Run %s with these overrides is another run: %s", requested, xp.sig)
             return xp
 
