@@ -92,6 +92,10 @@ class Midway:
         self._done.append(self._replay.pop(0))
         return metrics
 
+    def is_done(self, name: str) -> bool:
+        """Has a stage of this name ended in this epoch?"""
+        return any(done == name for done, _ in self._done)
+
     def start_stage(self) -> float:
         """Begin, or resume; return the time it began at, on the monotonic clock."""
         self._stage = _Stage(time.monotonic(), get_rng_state())

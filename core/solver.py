@@ -21,7 +21,7 @@ from .plain import Records, to_plain
 from .progress import LogProgressBar
 from .results import ResultLogger, to_numbers
 from .rng import RNGState
-from .state import AttributeWrapper, StateDict, StateManager
+from .state import AttributeWrapper, StateDict, StateManager, unregistered
 from .utils import Averages, UserError, flatten
 from .weights import summary
 from .xp import XP, FolderXP, HistoryFile, Preempted, get_xp, in_signature, lock, resume_command
@@ -96,6 +96,10 @@ class BaseSolver:
             save_checkpoint: else a run that stops before the next checkpoint repeats this epoch.
         """
         self.wait()
+        if not self.history and (names := unregistered(self, self.stateful)):
+            self.logger.warning(
+                "Not registered as state, so not saved: %s; see register_stateful", ", ".join(names)
+            )
         self.history.append(self._pending_metrics)
         self._midway.start_epoch(self.epoch)
         try:
@@ -336,7 +340,10 @@ class BaseSolver:
     def current_stage(self) -> str:
         """Name of the stage that is running; RuntimeError outside of one."""
         if self._current_stage is None:
-            raise RuntimeError("no stage is running: current_stage is for use inside run_stage")
+            raise RuntimeError(
+                "no stage is running: current_stage is for use inside run_stage, which is given "
+                "the method, not its result: run_stage('train', self.train)"
+            )
         return self._current_stage
 
     def run_stage(
@@ -358,6 +365,10 @@ class BaseSolver:
             )
         if (known := self._midway.done_before(stage_name)) is not None:
             return known
+        if self._midway.is_done(stage_name):
+            self.logger.warning(
+                "Stage %s runs again in epoch %d: is self.commit() missing?", stage_name, self.epoch
+            )
         self._current_stage = stage_name
         loader.set_epoch(self.epoch)
         try:
@@ -525,8 +536,8 @@ def _managed(run: Callable[..., T]) -> Callable[..., T]:
         self.wait()
         if self._pending_metrics:
             self.logger.warning(
-                "Epoch %d was not committed, so nothing of it is kept: end it with self.commit()",
-                self.epoch,
+                "Stages after the last commit are in no history and no checkpoint: %s",
+                ", ".join(self._pending_metrics),
             )
         return result
 

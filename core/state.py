@@ -93,6 +93,21 @@ class AttributeWrapper:
         return isinstance(self.value, (torch.optim.Optimizer, Best))
 
 
+def unregistered(owner: Any, manager: StateManager) -> list[str]:
+    """Names of the owner's attributes that train, but whose state is in no registered source."""
+    known = [s.value for s in manager.sources.values() if isinstance(s, AttributeWrapper)]
+    known += [part for value in known for part in getattr(value, "__dict__", {}).values()]
+    known += [p for value in known if isinstance(value, nn.Module) for p in value.parameters()]
+    saved = {id(value) for value in known}
+
+    def trains(value: Any) -> bool:
+        if isinstance(value, nn.Module):
+            return any(p.requires_grad and id(p) not in saved for p in value.parameters())
+        return isinstance(value, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler))
+
+    return [name for name, v in vars(owner).items() if id(v) not in saved and trains(v)]
+
+
 class WriteOnlyWrapper:
     """A source whose state is saved, for people to read, and never restored."""
 
@@ -157,9 +172,9 @@ class StateManager:
         if problems := problems + sorted(differ):
             if strict:
                 raise UserError(
-                    f"the checkpoint does not fit this code: {'; '.join(problems)}. Go back to the "
-                    "code that it was made with; or start anew (`dora run --clear`, or another "
-                    "value in the config); or load what fits, by restore(strict=False)"
+                    f"the checkpoint does not fit this code and config: {'; '.join(problems)}. Go "
+                    "back to those that it was made with; or start anew (`dora run --clear`, or "
+                    "another value in the config); or load what fits, by restore(strict=False)"
                 )
             logger.warning("Skipped, for it differs in the checkpoint: %s", "; ".join(problems))
         for name, value in usable.items():

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import BaseSolver, averager, checkpoint, solver
+from ..adversarial import AdversarialLoss
 from ..rng import seed_everything
 from ..utils import UserError
 from ..weights import EMA, Best
@@ -289,9 +290,46 @@ def test_what_was_not_committed_is_said(tmp_path: Path, caplog: pytest.LogCaptur
             self.run_stage("train", self.train)
 
     Solver(tmp_path / "good").run()
-    assert "committed" not in caplog.text
+    assert "commit" not in caplog.text
     Forgetful(tmp_path / "bad").run()
-    assert "Epoch 1 was not committed, so nothing of it is kept" in caplog.text
+    assert "Stages after the last commit are in no history and no checkpoint: train" in caplog.text
+
+
+def test_a_stage_that_runs_again_in_an_epoch_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    solver = Solver(tmp_path)
+    for stage in ("train", "valid"):
+        solver.run_stage(stage, solver.train)
+    solver.commit()
+    solver.run_stage("train", solver.train)
+    assert "runs again" not in caplog.text
+    solver.run_stage("train", solver.train)
+    assert "Stage train runs again in epoch 2: is self.commit() missing?" in caplog.text
+
+
+def test_what_trains_and_is_no_state_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Forgetful(Solver):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder, epochs=2)
+            self.same = self.model[0]  # a part of what is registered
+            self.teacher = nn.Linear(2, 2).requires_grad_(False)
+            self.loss = nn.MSELoss()
+            self.ema = EMA({"model": self.model})
+            critic = nn.Linear(2, 2)
+            self.critic_optim = torch.optim.SGD(critic.parameters(), lr=0.1)
+            self.adversarial = AdversarialLoss(critic, self.critic_optim)
+            self.register_stateful("adversarial", "ema")
+            self.head = nn.Linear(2, 2)
+            self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optim)
+
+    Solver(tmp_path / "good").run()
+    assert "Not registered" not in caplog.text
+    Forgetful(tmp_path / "bad").run()
+    said = "Not registered as state, so not saved: head, schedule; see register_stateful"
+    assert caplog.text.count(said) == 1
 
 
 def test_two_processes_do_not_train_one_run(

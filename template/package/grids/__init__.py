@@ -11,4 +11,4 @@ class LastEpoch(Explorer):
     def process_history(self, history: list[dict[str, Any]]) -> dict[str, Any]:
         """Values for the columns, from the metrics of all epochs so far."""
         last = history[-1] if history else {"train": {}, "valid": {}}
-        return last | {"train": last["train"] | {"epoch": len(history)}}
+        return last | {"train": last.get("train", {}) | {"epoch": len(history)}}
