@@ -55,7 +55,7 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits `[B, 1]` for images `[B, 1, 8, 8]`: high means made."""
+        """Return logits `[B, 1]` for images `[B, 1, 8, 8]`: high means fake."""
         logits: Tensor = self.layers(images)
         return logits
 
