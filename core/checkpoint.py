@@ -1,4 +1,4 @@
-"""Checkpoints: state on disk, written atomically in the background and verified when read.
+"""Checkpoints: state on disk, written atomically and verified when read.
 
 `checkpoint.th` is the latest; older ones lie beside it, as `checkpoint.<epoch>.th`. `midway.th` is
 what a run saved within the next epoch, because it was asked to stop.
@@ -10,17 +10,15 @@ import logging
 import math
 import os
 import shutil
-import time
 import zipfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import distrib
+from . import background, distrib
 from .plain import Records, to_plain
 from .state import StateDict
 from .utils import UserError, write_and_rename
@@ -185,62 +183,6 @@ def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy) -> Non
             file.unlink()
 
 
-class Writer:
-    """Saves in the background, one state at a time, from a copy in host memory.
-
-    The copy's memory is kept for the next one, which spares the time to get it from the system.
-    """
-
-    def __init__(self) -> None:
-        self._copies: dict[Any, torch.Tensor] = {}
-        self._pending: Future[None] | None = None
-
-    def submit(self, state: StateDict, write: Callable[[StateDict], None]) -> None:
-        """Copy the state, then call `write` with the copy in the background."""
-        self.wait()
-        spare, self._copies = self._copies, {}
-        sources: list[torch.Tensor] = []  # alive until all are copied, or two may share an address
-
-        def copy(tensor: torch.Tensor) -> torch.Tensor:
-            sources.append(tensor)
-            # Tied tensors stay tied; a view does not drag along all of its storage.
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-            if key not in self._copies:
-                pin = tensor.is_cuda
-                empty = spare.get(key)
-                if empty is None:
-                    empty = torch.empty_like(tensor, device="cpu", pin_memory=pin)
-                self._copies[key] = empty.copy_(tensor.detach(), non_blocking=pin)
-            return self._copies[key]
-
-        copied = to_plain(state, copy=copy)
-        done = torch.cuda.Event() if torch.cuda.is_initialized() else None
-        if done is not None:
-            done.record()
-
-        def work() -> None:
-            time.sleep(0.005)  # else Python lets this thread run first, and the training waits
-            if done is not None:
-                done.synchronize()
-            write(copied)
-
-        self._pending = _threads.submit(work)
-
-    def wait(self) -> None:
-        """Wait for the write in flight, if any; raise its error, once."""
-        if self._pending is None:
-            return
-        try:
-            self._pending.result()
-        finally:
-            if self._pending.done():
-                self._pending = None
-
-
-# One thread is enough for a process; Python waits for it before it ends.
-_threads = ThreadPoolExecutor(1, "checkpoint")
-
-
 # --------------------------------------------------------------------------------------- reading
 
 
@@ -264,7 +206,7 @@ def load(path: Path, read_only: bool = False) -> StateDict | None:
     found: Path | CheckpointError | None = None
     state: StateDict | None = None
     if distrib.is_rank_zero():
-        _threads.submit(int).result()  # a write of this process may be on its way
+        background.wait()  # a write of this process may be on its way
         try:
             found, state = _newest(path, read_only) or (None, None)
             if not read_only:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .process_group import is_distributed, is_rank_zero, rank, world_size
+from .utils import UserError
 from .watchdog import check_same_call, wait
 
 T = TypeVar("T")
@@ -67,6 +69,18 @@ def broadcast_object(obj: T, src: int = 0) -> T:
     box = [obj]
     dist.broadcast_object_list(box, src)
     return obj if rank() == src else box[0]
+
+
+@contextmanager
+def raised_everywhere() -> Iterator[None]:
+    """Let an error of rank zero in the body raise on all ranks."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if message := broadcast_object(str(error) if error else ""):
+        raise error or UserError(message)
 
 
 def average_metrics(metrics: Mapping[str, Any], count: float = 1.0) -> dict[str, float]:

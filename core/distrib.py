@@ -21,6 +21,7 @@ from .collectives import (
     broadcast_object,
     broadcast_tensors,
     gather_objects,
+    raised_everywhere,
     rank_zero_only,
 )
 from .gradients import eager_sync_gradients, eager_sync_model, sync_gradients, sync_model
@@ -42,6 +43,7 @@ __all__ = [
     "is_distributed",
     "is_rank_zero",
     "loader",
+    "raised_everywhere",
     "rank",
     "rank_zero_only",
     "sync_gradients",

@@ -23,7 +23,7 @@ def seed_everything(seed: int) -> None:
 
 
 class RNGState:
-    """The random number generators of Python, NumPy, torch and CUDA, of every rank."""
+    """The random number generators of Python, NumPy, torch and its device, of every rank."""
 
     def state_dict(self) -> dict[str, Any]:
         """Gather the generators of all ranks."""
@@ -52,6 +52,7 @@ def get_rng_state() -> dict[str, Any]:
         "numpy": numpy,
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
@@ -64,3 +65,5 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    if state.get("mps") is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])

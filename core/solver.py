@@ -9,13 +9,15 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import checkpoint, distrib, loader, preemption
+from . import checkpoint, config, distrib, loader, preemption
+from .background import Writer
 from .formatter import Formatter
+from .history import HistoryFile
+from .lock import RunLock
 from .midway import Loop, Midway
 from .plain import Records, to_plain
 from .progress import LogProgressBar
@@ -24,12 +26,11 @@ from .rng import RNGState
 from .state import AttributeWrapper, StateDict, StateManager, unregistered
 from .utils import Averages, UserError, flatten
 from .weights import summary
-from .xp import XP, FolderXP, HistoryFile, Preempted, get_xp, in_signature, lock, resume_command
+from .xp import XP, FolderXP, Preempted, get_xp, in_signature, resume_command
 
 T = TypeVar("T")
 
 ALLOW_CONFIG_CHANGE = "ALLOW_CONFIG_CHANGE"  # name of an environment variable
-LOCK_SECONDS = 10.0  # to wait for the end of another process that trains the run
 
 
 class BaseSolver:
@@ -59,8 +60,8 @@ class BaseSolver:
         self.stateful.register("rng", RNGState())
         self._midway = Midway()
         self.stateful.register("midway", self._midway)
-        self._writer = checkpoint.Writer()
-        self._lock = lock(self.xp)
+        self._writer = Writer()
+        self._lock = RunLock(self.xp)
         self._restored = False
         self._current_stage: str | None = None
         self._start_epoch()
@@ -116,29 +117,8 @@ class BaseSolver:
 
     def wait(self) -> None:
         """Wait until all that was committed is on disk; an error in that raises on all ranks."""
-        with _raised_everywhere():
+        with distrib.raised_everywhere():
             self._writer.wait()
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the run's lock on rank zero; all ranks raise if another process has it."""
-        free = True
-        try:
-            if distrib.is_rank_zero():
-                self._lock.acquire(timeout=LOCK_SECONDS)
-        except TimeoutError:
-            free = False
-        except (OSError, NotImplementedError) as error:  # some file systems know no locks
-            self.logger.warning("Two processes could train this run: no lock, %s", error)
-        try:
-            if not distrib.broadcast_object(free):
-                raise UserError(
-                    f"run {self.xp.sig} is training in another process: wait for its end, or stop "
-                    "it first"
-                )
-            yield
-        finally:
-            self._lock.release()
 
     def _save(self, state: StateDict) -> None:
         if not distrib.is_rank_zero():
@@ -165,7 +145,7 @@ class BaseSolver:
             return
         state = self.state_dict()
         state["midway"]["pending"] = to_plain(self._pending_metrics)
-        with _raised_everywhere():
+        with distrib.raised_everywhere():
             if distrib.is_rank_zero():
                 checkpoint.save_midway(state, self.checkpoint_path, len(self.history))
         step = state["midway"]["stage"]["step"]
@@ -213,15 +193,9 @@ class BaseSolver:
 
         A key that is new in the config only gives a warning: nothing says that it changes anything.
         """
-        then, now = flatten(saved), flatten(to_plain(self.xp.cfg, "the config"))
-        changes = {
-            key: f"{key}: {then.get(key, 'absent')} -> {now.get(key, 'absent')}"
-            for key in sorted(then.keys() | now.keys())
-            if repr(then.get(key)) != repr(now.get(key))
-            and then.get(key) != now.get(key)
-            and not key.startswith(("dora.", "slurm."))
-        }
-        refused = [t for key, t in changes.items() if key in then and in_signature(self.xp, key)]
+        changes = config.changes(saved, to_plain(self.xp.cfg, "the config"))
+        known = flatten(saved)
+        refused = [t for key, t in changes.items() if key in known and in_signature(self.xp, key)]
         if refused and strict and not os.environ.get(ALLOW_CONFIG_CHANGE):
             raise UserError(
                 f"the config of run {self.xp.sig} has changed since its last checkpoint: "
@@ -507,25 +481,13 @@ class BaseSolver:
         self.result_logger.log_text(stage_name, key, text, self.epoch)
 
 
-@contextmanager
-def _raised_everywhere() -> Iterator[None]:
-    """Let an error of rank zero in the body raise on all ranks."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    if message := distrib.broadcast_object(str(error) if error else ""):
-        raise error or checkpoint.CheckpointError(message)
-
-
 def _managed(run: Callable[..., T]) -> Callable[..., T]:
     """Let `run` be the only one, take signals as requests to stop, and end with all on disk."""
 
     @functools.wraps(run)
     def wrapped(self: BaseSolver, *args: Any, **kwargs: Any) -> T:
         try:
-            with self._locked(), preemption.listening():
+            with self._lock.held(), preemption.listening():
                 result = run(self, *args, **kwargs)
         except BaseException:
             try:

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from .ansi import plain_text
+from .lock import RunLock
 from .utils import UserError, write_and_rename
-from .xp import Grid, lock
+from .xp import Grid
 
 TAIL = 15  # lines of the log of a run that failed
 GRACE = 60.0  # seconds for runs to stop in, once that is asked
@@ -151,10 +152,10 @@ class Sweep:
         command = [*self.command, *flags, *xp.argv]
         try:
             xp.folder.mkdir(parents=True, exist_ok=True)
-            with lock(xp).acquire(timeout=0):
-                pass  # else some `dora run` has it
+            if not RunLock(xp).is_free():  # some `dora run` has it
+                raise BlockingIOError
             self.running[xp.sig] = Worker(xp, command, self.cwd, env)
-        except (BlockingIOError, TimeoutError):
+        except BlockingIOError:
             print(f"Run {xp.sig} is training in another process: left alone", flush=True)
             self.grid.states[xp.sig] = "ELSEWHERE"
             self.free += self.used.pop(xp.sig, [])

@@ -10,7 +10,6 @@ import difflib
 import functools
 import getpass
 import importlib
-import json
 import logging
 import os
 import shutil
@@ -18,24 +17,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
-from .utils import UserError, flatten, write_and_rename
-
-if TYPE_CHECKING:
-    from filelock import FileLock
+from . import config
+from .history import FileLink
+from .utils import UserError, flatten
 
 logger = logging.getLogger(__name__)
-
-History = list[dict[str, Any]]
-
-NEW_KEY = "a new one has its type in schema.py and its value in config.yaml"
 
 
 class XP(Protocol):
@@ -49,50 +42,6 @@ class XP(Protocol):
 
     @property
     def link(self) -> Any: ...
-
-
-@dataclass
-class FileLink:
-    """A history kept in one JSON file."""
-
-    history_file: Path
-    history: History = field(default_factory=list)
-
-    def load(self) -> None:
-        """Read what was published last, if anything."""
-        if self.history_file.exists():
-            self.history = json.loads(self.history_file.read_text())
-
-    def update_history(self, history: History) -> None:
-        HistoryFile(self).write(history)
-
-
-class HistoryFile:
-    """The file of a run's history, in which Dora and `report` look.
-
-    An epoch is formatted once: with Dora's own writing, a long history would hold up the training.
-
-    Args:
-        link: of the run; one without a `history_file` does its own writing.
-    """
-
-    def __init__(self, link: Any) -> None:
-        self._link = link
-        self._epochs: list[tuple[Any, str]] = []  # as they were, and as they were written
-
-    def write(self, history: History) -> None:
-        """Replace the published history."""
-        path = getattr(self._link, "history_file", None)
-        if path is None:
-            self._link.update_history(history)
-            return
-        for index, epoch in enumerate(history):
-            if index == len(self._epochs) or self._epochs[index][0] != epoch:
-                self._epochs[index : index + 1] = [(deepcopy(epoch), json.dumps(epoch))]
-        del self._epochs[len(history) :]
-        self._link.history[:] = history
-        with write_and_rename(path, "w") as file:
-            file.write("[\n" + ",\n".join(line for _, line in self._epochs) + "\n]\n")
 
 
 @dataclass
@@ -131,13 +80,6 @@ def get_xp() -> XP:
         )
     xp: XP = get_xp()
     return xp
-
-
-def lock(xp: XP) -> FileLock:
-    """What a process holds while it trains a run: two would overwrite each other's files."""
-    from filelock import FileLock
-
-    return FileLock(xp.folder / ".lock")
 
 
 def in_signature(xp: XP, key: str) -> bool:
@@ -195,7 +137,7 @@ def hydra_main(
             return kind(main, config_name, config_path, version_base=version_base)
         except Exception as error:
             raise SystemExit(
-                f"Config error in {config_name}.yaml: {_explain_config_error(error)}"
+                f"Config error in {config_name}.yaml: {config.explain_error(error)}"
             ) from error
 
     return decorate
@@ -216,11 +158,11 @@ def _main_class(typed: bool) -> Any:
             groups = [name for name in self._config_groups if not name.startswith("hydra")]
             known, argv = [*keys, *groups], list(argv)
             if typed:
-                _refuse_new_keys(argv, known)
+                config.refuse_new_keys(argv, known)
             try:
                 xp = super().get_xp(argv)
             except Exception as error:
-                raise SystemExit(f"Config error: {_explain_config_error(error, known)}") from None
+                raise SystemExit(f"Config error: {config.explain_error(error, known)}") from None
             requested, self._requested = self._requested, ""
             if requested not in ("", xp.sig):
                 logger.warning("Run %s with these overrides is another run: %s", requested, xp.sig)
@@ -270,13 +212,6 @@ def _main_class(typed: bool) -> Any:
             return _run_main(self.main)
 
     return Main
-
-
-def _refuse_new_keys(argv: Iterable[str], known: Sequence[str]) -> None:
-    """Let no `+key=value` go past the types of the config."""
-    for override in argv:
-        if override.startswith("+") and override.strip("+").partition("=")[0] not in known:
-            raise SystemExit(f"Config error: {override}: no such key, {NEW_KEY}")
 
 
 def _refuse_signature(sig: str, folder: Path) -> NoReturn:
@@ -466,37 +401,3 @@ def _requeue(by: str) -> None:
     if callable(handler):
         handler(number, None)
     time.sleep(60)  # to end before rank zero has asked would fail the job
-
-
-def _explain_config_error(error: BaseException, known: Sequence[str] = ()) -> str:
-    """What is wrong with the config, from an error and its causes, with the nearest known key."""
-    # Hydra's parser keeps the override that it can't read apart from what it says.
-    lines = [override] if (override := getattr(error, "override", "")) else []
-    if options := getattr(error, "options", None):
-        group, _, name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
-        return f"there is no {group}={name}: {group} is one of {', '.join(sorted(options))}"
-    cause: BaseException | None = error
-    key = ""
-    while cause is not None:
-        text = (str(cause) or type(cause).__name__).replace(":\n", ": ")
-        lines.append(text.splitlines()[0].rstrip("."))
-        if (mark := getattr(cause, "problem_mark", None)) is not None:  # of YAML's parser
-            lines.append(f"line {mark.line + 1}: {getattr(cause, 'problem', '')}")
-        key = key or str(getattr(cause, "full_key", None) or "")
-        cause = cause.__cause__
-    if key and not any(key in line for line in lines):
-        lines.append(f"in {key}")
-    if inner := [name for name in known if name.startswith(f"{key}.")]:
-        lines.append(f"its keys are {', '.join(inner)}")
-    elif key and known and key not in known:
-        ends = {name.rpartition(".")[2]: name for name in known}  # `lr` may be that of `optim`
-        near = [ends.get(n, n) for n in difflib.get_close_matches(key, [*known, *ends], n=1)]
-        lines.append(f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}")
-    half_new = "Missing mandatory value" if known else "not in '"  # in the schema or config only
-    hints = {
-        half_new: NEW_KEY,
-        "is not a ListConfig": "a list is written [a, b]",
-        "Ambiguous value": "one value makes one run; for several runs, write a grid",
-    }
-    lines += [hint for words, hint in hints.items() if any(words in line for line in lines)]
-    return ": ".join(dict.fromkeys(lines))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import BaseSolver, checkpoint, distrib
+from ..background import Writer
 from ..checkpoint import CheckpointError, Policy
 from ..utils import UserError
 from .processes import on_ranks
@@ -177,7 +178,7 @@ def test_what_is_kept(policy: Policy, kept: list[int], path: Path) -> None:
 
 
 def test_arrays_that_are_converted_for_a_moment_are_not_confused(path: Path) -> None:
-    writer = checkpoint.Writer()
+    writer = Writer()
     state = {str(value): np.full(1000, value) for value in range(8)}
     writer.submit(state, lambda copied: checkpoint.save(copied, path))
     writer.wait()
@@ -339,7 +340,7 @@ def _fail_on_rank_zero(folder: str) -> str:
     solver = Solver(Path(folder))
     try:
         solver.run(epochs=2, hold=lambda: None)
-    except CheckpointError as error:
+    except UserError as error:
         return f"{solver.epoch}: {error}"
     return "no error"
 
@@ -354,7 +355,7 @@ def test_a_copy_is_small_and_keeps_ties(path: Path) -> None:
     large = torch.zeros(1_000_000)
     layer = nn.Linear(2, 2, dtype=torch.float64)
     state = {"view": large[:3], "a": layer.weight, "tied": layer.weight, "t": layer.weight.T}
-    writer = checkpoint.Writer()
+    writer = Writer()
     copies: list[Any] = []
     for _ in range(2):
         writer.submit(state, copies.append)

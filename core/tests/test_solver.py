@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from .. import BaseSolver, averager, checkpoint, solver
+from .. import BaseSolver, averager, checkpoint, lock
 from ..adversarial import AdversarialLoss
 from ..rng import seed_everything
 from ..utils import UserError
@@ -335,7 +335,7 @@ def test_what_trains_and_is_no_state_is_named(
 def test_two_processes_do_not_train_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(solver, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(lock, "SECONDS", 0.2)
 
     class Nested(Solver):
         def run(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from .. import xp
+from ..history import HistoryFile
 
 CORE = Path(xp.__file__).parent.resolve()
 
@@ -295,7 +296,7 @@ def test_dora_reads_the_history(tmp_path: Path) -> None:
 
     path = tmp_path / "history.json"
     link = Link(path)
-    file = xp.HistoryFile(link)
+    file = HistoryFile(link)
     history = [{"valid": {"loss": 1 / e, "acc": e}} for e in range(1, 4)]
     for known in (history[:1], history, history[:2]):  # also of a run that lost an epoch
         file.write(known)

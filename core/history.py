@@ -1,0 +1,57 @@
+"""The history of a run, in one JSON file: a dict of stages an epoch, a dict of metrics a stage."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .utils import write_and_rename
+
+History = list[dict[str, Any]]
+
+
+@dataclass
+class FileLink:
+    """A history kept in one JSON file."""
+
+    history_file: Path
+    history: History = field(default_factory=list)
+
+    def load(self) -> None:
+        """Read what was published last, if anything."""
+        if self.history_file.exists():
+            self.history = json.loads(self.history_file.read_text())
+
+    def update_history(self, history: History) -> None:
+        HistoryFile(self).write(history)
+
+
+class HistoryFile:
+    """The file of a run's history, in which Dora and `report` look.
+
+    An epoch is formatted once: with Dora's own writing, a long history would hold up the training.
+
+    Args:
+        link: of the run; one without a `history_file` does its own writing.
+    """
+
+    def __init__(self, link: Any) -> None:
+        self._link = link
+        self._epochs: list[tuple[Any, str]] = []  # as they were, and as they were written
+
+    def write(self, history: History) -> None:
+        """Replace the published history."""
+        path = getattr(self._link, "history_file", None)
+        if path is None:
+            self._link.update_history(history)
+            return
+        for index, epoch in enumerate(history):
+            if index == len(self._epochs) or self._epochs[index][0] != epoch:
+                self._epochs[index : index + 1] = [(deepcopy(epoch), json.dumps(epoch))]
+        del self._epochs[len(history) :]
+        self._link.history[:] = history
+        with write_and_rename(path, "w") as file:
+            file.write("[\n" + ",\n".join(line for _, line in self._epochs) + "\n]\n")
