@@ -27,10 +27,16 @@ def changes(saved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, st
     }
 
 
-def refuse_new_keys(argv: Iterable[str], known: Sequence[str]) -> None:
-    """Let no `+key=value` go past the types of the config."""
-    for override in argv:
-        if override.startswith("+") and override.strip("+").partition("=")[0] not in known:
+def check_overrides(overrides: Iterable[str], known: Sequence[str], typed: bool) -> None:
+    """Refuse what Hydra would accept, and nobody heed: keys that are read earlier, untyped keys."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.startswith(("dora.", "slurm.")):
+            raise SystemExit(
+                f"Config error: {override}: set it in config.yaml, which is read before overrides; "
+                "for jobs there are `dora launch -g` and, in a grid, `launcher.slurm_`"
+            )
+        if typed and override.startswith("+") and key not in known:
             raise SystemExit(f"Config error: {override}: no such key, {NEW_KEY}")
 
 

@@ -157,8 +157,7 @@ def _main_class(typed: bool) -> Any:
             keys = flatten(cast(Any, OmegaConf.to_container(self._base_cfg)))
             groups = [name for name in self._config_groups if not name.startswith("hydra")]
             known, argv = [*keys, *groups], list(argv)
-            if typed:
-                config.refuse_new_keys(argv, known)
+            config.check_overrides(argv, known, typed)
             try:
                 xp = super().get_xp(argv)
             except Exception as error:

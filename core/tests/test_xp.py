@@ -156,6 +156,8 @@ def test_a_run_has_a_folder_by_its_overrides(toy: Path, tmp_path: Path) -> None:
         ("epochs=2.5", "epochs=2.5.*Integer"),
         ("optim=sgd", "optim=sgd.*its keys are optim.name, optim.momentum"),
         ("lr=[", r"lr=\[.*no viable"),
+        ("dora.dir=/tmp/away", "dora.dir=/tmp/away: set it in config.yaml, which is read before"),
+        ("slurm.gpus=4", "slurm.gpus=4: set it in config.yaml.*`dora launch -g`"),
         ("+optim.lrr=5", r"\+optim.lrr=5: no such key, a new one has its type in schema.py"),
     ],
 )
