@@ -23,6 +23,7 @@ from .. import BaseSolver, checkpoint, distrib
 from .. import loader as loading
 from ..loader import loader
 from ..rng import seed_everything
+from ..utils import UserError
 from ..xp import Preempted
 from .processes import on_ranks
 
@@ -227,6 +228,7 @@ NAN = math.nan
         ([NAN] * 9, {}, 3),
         ([NAN, 1.0, 2.0, 3.0, 2.0, NAN, 2.0, 9.0], {"mode": "max"}, 7),
         ([4.0, 3.0, 2.0, 1.0], {}, 4),
+        ([4.0, 3.0, 3.0, 1.0], {"patience": 0}, 3),
     ],
 )
 def test_early_stopping(
@@ -242,6 +244,14 @@ def test_early_stopping(
     assert min(killed.seen) == (3, 13)
 
 
+def test_early_stopping_by_a_metric_that_is_not_there(tmp_path: Path) -> None:
+    stalled = recipe("Early stopping")["stalled"]
+    history = [{"train": {"loss": 1.0}}, {"train": {"loss": 1.0}, "valid": {"loss": 1.0}}]
+    assert not stalled(history, "valid.acc")
+    with pytest.raises(UserError, match=r"no epoch has valid\.acc; the last has .*'valid'"):
+        stalled([*history, *history], "valid.acc")
+
+
 def early_on_a_rank(folder: Path) -> int:
     torch.set_num_threads(1)
     return len(stopping_early(folder, [3.0, 2.0, NAN, 2.5, 2.1, 1.0, 1.0]).history)
@@ -252,15 +262,20 @@ def test_ranks_stop_early_together(tmp_path: Path) -> None:
 
 
 def test_evaluation_now_and_then(tmp_path: Path) -> None:
-    run = recipe("Evaluation every so many epochs, and after the last")["run"]
+    run = recipe("Evaluation every so many epochs, and a test after the last")["run"]
     rarely = type(
         "Rarely",
         (Solver,),
-        {"run": run, "checkpoints": checkpoint.Policy(last=1, best="valid.loss")},
+        {
+            "run": run,
+            "test": Solver.valid,
+            "checkpoints": checkpoint.Policy(last=1, best="valid.loss"),
+        },
     )
     for solver in interrupted(rarely, tmp_path):
         stages = [[*epoch] for epoch in solver.history]
-        assert stages == [["train"], ["train"], ["train", "valid"], ["train"], ["train", "valid"]]
+        train, valid = ["train"], ["train", "valid"]
+        assert stages == [train, train, valid, train, [*valid, "test"]]
         assert len([*solver.folder.glob("checkpoint*.th")]) <= 2
 
 
