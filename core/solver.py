@@ -351,6 +351,10 @@ class BaseSolver:
             if not isinstance(returned, Mapping | None):
                 kind = type(returned).__name__
                 raise TypeError(f"stage {stage_name!r} returned a {kind}, not a dict of metrics")
+            if returned is None and self._midway.can_resume:
+                self.logger.warning(
+                    "Stage %s averaged metrics but returned none: is a return missing?", stage_name
+                )
             metrics = to_numbers({**(returned or {}), "duration": time.monotonic() - begin})
             self.log_metrics(stage_name, metrics)
             self._midway.stage_done(stage_name, metrics)
@@ -403,6 +407,24 @@ class BaseSolver:
     def averager(self, beta: float = 1.0) -> Averages:
         """Like `utils.averager`, and part of the state: a stage that is interrupted keeps it."""
         return self._midway.averager(beta)
+
+    def check_finite(self, averages: Mapping[str, float], *names: str) -> None:
+        """Stop before a commit if a metric was NaN or infinite in a step; asked once a stage.
+
+        Args:
+            averages: of the stage, as `averager` gives.
+            names: of metrics, such as `loss`.
+
+        Raises:
+            UserError: that names the metric, on the ranks where it was.
+        """
+        for name in names:
+            if steps := averages.get(f"{name}.nonfinite"):
+                raise UserError(
+                    f"{self.current_stage}, epoch {self.epoch}: on rank {distrib.rank()}, {name} "
+                    f"was NaN or infinite in {steps:.0f} of the steps; the last commit is safe. "
+                    "Try a lower learning rate, or a limit on the gradient's norm"
+                )
 
     def log_progress(
         self,

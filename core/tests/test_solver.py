@@ -308,6 +308,36 @@ def test_a_stage_that_runs_again_in_an_epoch_is_said(
     assert "Stage train runs again in epoch 2: is self.commit() missing?" in caplog.text
 
 
+def test_a_stage_that_forgets_to_return_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    solver = Solver(tmp_path)
+
+    def forgetful() -> None:
+        solver.averager()({"loss": 1.0})
+
+    solver.run_stage("look", lambda: None)
+    solver.run_stage("valid", lambda: dict(solver.averager()({"loss": 1.0})))
+    assert "return" not in caplog.text
+    solver.run_stage("train", forgetful)
+    assert "Stage train averaged metrics but returned none: is a return missing?" in caplog.text
+
+
+def test_a_metric_that_is_no_number_stops_the_stage(tmp_path: Path) -> None:
+    solver = Solver(tmp_path)
+
+    def stage(*checked: str) -> None:
+        average = solver.averager()
+        for loss in (1.0, float("nan"), float("inf")):
+            metrics = average({"loss": loss, "fine": 1.0})
+        solver.check_finite(metrics, *checked)
+
+    solver.run_stage("train", stage, "fine", "absent")
+    said = "train, epoch 1: on rank 0, loss was NaN or infinite in 2 of the steps; the last commit"
+    with pytest.raises(UserError, match=said):
+        solver.run_stage("train", stage, "fine", "loss")
+
+
 def test_what_trains_and_is_no_state_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -72,6 +72,7 @@ class Solver(BaseSolver):
             step = self.run_step(real.to(self.device))
             batches.update(average(step, weight=len(real)))
             self.log_step(step, every=self.cfg.log_every)
+        self.check_finite(average, "loss", "adversary_loss")
         return distrib.average_metrics(average, average.weight)
 
     def run_step(self, real: Tensor) -> dict[str, Tensor]:

@@ -49,6 +49,7 @@ class Solver(BaseSolver):
             self.optim.step()
             steps.update(average({"loss": loss}))
             self.log_step({"loss": loss})
+        self.check_finite(average, "loss")
         return distrib.average_metrics(average)
 
     @torch.no_grad()

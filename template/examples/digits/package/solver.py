@@ -1,7 +1,7 @@
 """The solver: what is built, what an epoch is made of, what a step does."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -106,7 +106,7 @@ class Solver(BaseSolver):
             batches.update(average(step, weight=len(labels)))
             if self.model.training:
                 self.log_step(step, every=self.cfg.log_every)
-        self.check_finite(average)
+        self.check_finite(average, "loss")
         return distrib.average_metrics(average, average.weight)
 
     def run_step(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -144,15 +144,6 @@ class Solver(BaseSolver):
         self.schedule.step()
         self.ema.update()
         return {"grad_norm": grad_norm, "lr": lr}
-
-    def check_finite(self, average: Mapping[str, float]) -> None:
-        """Stop before a commit if a loss was NaN or infinite; asked once a stage."""
-        if steps := average.get("loss.nonfinite"):
-            raise UserError(
-                f"{self.current_stage}, epoch {self.epoch}: on rank {distrib.rank()}, the loss was "
-                f"NaN or infinite in {steps:.0f} of the steps; the last commit is safe. Try a "
-                "lower optim.lr, or optim.clip"
-            )
 
     def log_hardest(self, count: int = 16) -> None:
         """Show the images of the first validation batch that have the highest loss."""

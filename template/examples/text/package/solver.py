@@ -95,6 +95,7 @@ class Solver(BaseSolver):
             batches.update(average(step, weight=len(stretches)))
             if self.model.training:
                 self.log_step(step, every=self.cfg.log_every)
+        self.check_finite(average, "loss")
         return distrib.average_metrics(average, average.weight)
 
     def run_step(self, stretches: Tensor) -> dict[str, Any]:
