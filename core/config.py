@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -50,11 +51,13 @@ def explain_error(error: BaseException, known: Sequence[str] = ()) -> str:
     cause: BaseException | None = error
     key = ""
     while cause is not None:
-        text = (str(cause) or type(cause).__name__).replace(":\n", ": ")
-        lines.append(text.splitlines()[0].rstrip("."))
+        text = str(cause) or type(cause).__name__
+        found = re.search(r"full_key: (\S+)", text)
+        key = key or (found[1] if found else "")
+        text = re.sub(r"^In '\S+': \w+ raised while composing config:\n", "", text)
+        lines.append(text.replace(":\n", ": ").splitlines()[0].rstrip("."))
         if (mark := getattr(cause, "problem_mark", None)) is not None:  # of YAML's parser
             lines.append(f"line {mark.line + 1}: {getattr(cause, 'problem', '')}")
-        key = key or str(getattr(cause, "full_key", None) or "")
         cause = cause.__cause__
     if key and not any(key in line for line in lines):
         lines.append(f"in {key}")

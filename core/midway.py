@@ -16,8 +16,6 @@ from .xp import Preempted
 
 T = TypeVar("T")
 
-_LAST = 2**62  # after all steps of a loop
-
 
 @dataclass
 class Loop(Generic[T]):
@@ -171,7 +169,7 @@ class Midway:
         finally:
             self._depth -= 1
             if not stage.now:  # else this rank stays where it stopped, until all are there
-                preemption.mark_passed((self._epoch, len(self._done), stage.loop, _LAST))
+                preemption.mark_passed((self._epoch, len(self._done), stage.loop, preemption.LAST))
 
     def _begin(self, stage: _Stage, iterable: Iterable[T], before: int) -> Iterator[T]:
         """Iterate from the start or from where the loop was, with the generators as they were."""

@@ -25,6 +25,7 @@ SIGNALS = [
 REPEAT = 10.0
 POLL = 0.5  # seconds between checks whether another rank got a signal
 ANSWER = 30.0  # seconds in which all ranks must notice that one got a signal
+LAST = 2**62  # a number after that of all steps of a loop, and of all stages of an epoch
 
 Position = tuple[int, ...]  # of a step: epoch, stage, loop, step; grows with the training
 

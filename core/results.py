@@ -66,7 +66,7 @@ class ResultLogger:
 
         If nobody calls it, the first value that is logged tells where the run resumes.
         """
-        resumed = self._resumed = epoch, done, dict(steps or {})
+        resumed = self._resumed = epoch, tuple(done), dict(steps or {})
         self._send(lambda tracker: tracker.resume(*resumed))
 
     def init_tensorboard(

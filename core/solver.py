@@ -25,7 +25,7 @@ from .results import ResultLogger, to_numbers
 from .rng import RNGState
 from .state import AttributeWrapper, StateDict, StateManager, unregistered
 from .utils import Averages, UserError, flatten
-from .weights import summary
+from .weights import EMA, summary
 from .xp import XP, FolderXP, Preempted, get_xp, in_signature, resume_command
 
 T = TypeVar("T")
@@ -91,7 +91,8 @@ class BaseSolver:
         """End the epoch: save the state, then publish the history; all ranks must call it.
 
         Both happen in the background, unless the policy in `self.checkpoints` says otherwise. If
-        they fail, the next commit raises on all ranks, or else the end of `run`.
+        they fail, the next commit raises on all ranks, or else the end of `run`. A run that was
+        asked to stop, and had no loop over `log_progress` to do so in, stops here.
 
         Args:
             save_checkpoint: else a run that stops before the next checkpoint repeats this epoch.
@@ -101,10 +102,11 @@ class BaseSolver:
             self.logger.warning(
                 "Not registered as state, so not saved: %s; see register_stateful", ", ".join(names)
             )
+        stop = preemption.should_stop((self.epoch,), preemption.LAST)
         self.history.append(self._pending_metrics)
         self._midway.start_epoch(self.epoch)
         try:
-            if save_checkpoint:
+            if save_checkpoint or stop:
                 self._save(self.state_dict())
                 if not self.checkpoints.background:
                     self.wait()
@@ -114,6 +116,10 @@ class BaseSolver:
             self.history.pop()
             raise
         self._start_epoch()
+        if stop:
+            self.wait()
+            self._stopped(f"epoch {self.epoch - 1}")
+            raise Preempted(preemption.stop_signal())
 
     def wait(self) -> None:
         """Wait until all that was committed is on disk; an error in that raises on all ranks."""
@@ -149,11 +155,13 @@ class BaseSolver:
             if distrib.is_rank_zero():
                 checkpoint.save_midway(state, self.checkpoint_path, len(self.history))
         step = state["midway"]["stage"]["step"]
-        text = f"step {step} of {self.current_stage} in epoch {self.epoch}"
+        self._stopped(f"step {step} of {self.current_stage} in epoch {self.epoch}")
+
+    def _stopped(self, where: str) -> None:
         self.logger.warning(
             "Stopped by %s after %s: saved. The same command resumes there",
             preemption.stop_signal(),
-            text,
+            where,
         )
 
     def restore(self, strict: bool = True, read_only: bool = False) -> bool:
@@ -168,6 +176,8 @@ class BaseSolver:
         """
         state = checkpoint.load(self.checkpoint_path, read_only)
         if state is None:
+            if not read_only:
+                self._warn_of_later_epochs()
             return False
         if read_only:
             state["rng"] = self.stateful.sources["rng"].state_dict()
@@ -176,10 +186,7 @@ class BaseSolver:
             self._check_config(state.get("xp.cfg") or {}, strict)
         self.load_state_dict(state, strict)
         if not read_only:
-            self.xp.link.load()
-            if (later := len(self.xp.link.history)) >= self.epoch:
-                lost = f"epochs {self.epoch} to {later}" if later > self.epoch else f"epoch {later}"
-                self.logger.warning("No checkpoint of %s: training that again", lost)
+            self._warn_of_later_epochs()
             self._publish(self.history)
             self._start_epoch()
             self._pending_metrics.update(state.get("midway", {}).get("pending", {}))
@@ -187,6 +194,13 @@ class BaseSolver:
             self.replay_history()
             self._restored = True
         return True
+
+    def _warn_of_later_epochs(self) -> None:
+        """Tell which epochs have metrics but no checkpoint."""
+        self.xp.link.load()
+        if (later := len(self.xp.link.history)) >= self.epoch:
+            lost = f"epochs {self.epoch} to {later}" if later > self.epoch else f"epoch {later}"
+            self.logger.warning("No checkpoint of %s: training that again", lost)
 
     def _check_config(self, saved: dict[str, Any], strict: bool) -> None:
         """Refuse to resume with other values than the run began with, such as an edited default.
@@ -214,12 +228,15 @@ class BaseSolver:
     ) -> None:
         """Take the weights, or more, of another run, to start this one with.
 
+        An `EMA` that is not taken restarts from them.
+
         Args:
             source: signature of the run, its folder, or a checkpoint file.
             names: of the states to take.
             version: `latest`; or those that a state called `best` or `ema` keeps of them.
             strict: refuse missing, unexpected or wrongly shaped entries; else warn and skip them.
         """
+        names = [*names]
         tried = [Path(source), Path(source) / "checkpoint.th"]
         tried.append(self.folder.parent / source / "checkpoint.th")
         path = next((p for p in tried if p.is_file()), None)
@@ -238,6 +255,9 @@ class BaseSolver:
                 f"continue from {path}: no {version} {', '.join(absent)} in it, which has {there}"
             )
         self.stateful.subset(names).load_state_dict({n: found[n] for n in names}, strict)
+        for name, value in vars(self).items():
+            if isinstance(value, EMA) and name not in names:
+                value.reset()
         self.logger.info("Continue from %s of %s: %s", version, path, ", ".join(names))
 
     def replay_history(self) -> None:
@@ -274,8 +294,16 @@ class BaseSolver:
             self.logger.info("To resume it, whenever it stops: %s", command)
 
     def log_end(self) -> None:
-        """Log that the run is complete, and its best epoch if that is kept. All ranks call it."""
+        """Log that the run is complete, and its best epoch if that is kept. All ranks call it.
+
+        UserError if no epoch was committed.
+        """
         self.wait()
+        if not self.history:
+            raise UserError(
+                f"run {self.xp.sig} ends without an epoch: is `epochs` at least 1, and does each "
+                "end with self.commit()?"
+            )
         best = ""
         if epoch := self.checkpoints.best_epoch(range(1, self.epoch), self.history):
             stage, _, metric = self.checkpoints.best.partition(".")
@@ -297,6 +325,9 @@ class BaseSolver:
             names: of attributes, dotted ones too (`"model.encoder"`).
             write_only: save, for people to read, but never restore.
         """
+        if not hasattr(self, "stateful"):
+            kind = type(self).__name__
+            raise RuntimeError(f"{kind}.__init__ must call super().__init__(xp) before all else")
         for name in names:
             self.stateful.register(name, AttributeWrapper(self, name), write_only)
 
@@ -518,10 +549,12 @@ def _managed(run: Callable[..., T]) -> Callable[..., T]:
                 self.logger.error("%s", error)
             raise
         self.wait()
-        if self._pending_metrics:
+        later = self._pending_metrics
+        # A test after the training is in no epoch, and no slip.
+        if later and (not self.history or later.keys() & self.history[-1].keys()):
             self.logger.warning(
                 "Stages after the last commit are in no history and no checkpoint: %s",
-                ", ".join(self._pending_metrics),
+                ", ".join(later),
             )
         return result
 

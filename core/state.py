@@ -7,12 +7,13 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from .plain import to_plain
 from .utils import UserError
-from .weights import Best, load_module_state, load_optimizer_state, module_state, reconcile
+from .weights import EMA, Best, load_module_state, load_optimizer_state, module_state, reconcile
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class AttributeWrapper:
         value = self.value
         if isinstance(value, nn.Module):
             load_module_state(value, state)
-        elif isinstance(value, torch.optim.Optimizer):
+        elif isinstance(value, Optimizer):
             load_optimizer_state(value, state)
         elif isinstance(value, StateDictSource):
             value.load_state_dict(state)
@@ -90,11 +91,11 @@ class AttributeWrapper:
     @property
     def follows_weights(self) -> bool:
         """Is the state of no use without the very weights that it was saved with?"""
-        return isinstance(self.value, (torch.optim.Optimizer, Best))
+        return isinstance(self.value, (Optimizer, Best))
 
 
 def unregistered(owner: Any, manager: StateManager) -> list[str]:
-    """Names of the owner's attributes that train, but whose state is in no registered source."""
+    """Names of the owner's attributes that change as it trains, but are in no registered source."""
     known = [s.value for s in manager.sources.values() if isinstance(s, AttributeWrapper)]
     known += [part for value in known for part in getattr(value, "__dict__", {}).values()]
     known += [p for value in known if isinstance(value, nn.Module) for p in value.parameters()]
@@ -103,7 +104,7 @@ def unregistered(owner: Any, manager: StateManager) -> list[str]:
     def trains(value: Any) -> bool:
         if isinstance(value, nn.Module):
             return any(p.requires_grad and id(p) not in saved for p in value.parameters())
-        return isinstance(value, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler))
+        return isinstance(value, (Optimizer, LRScheduler, Best, EMA))
 
     return [name for name, v in vars(owner).items() if id(v) not in saved and trains(v)]
 

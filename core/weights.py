@@ -171,7 +171,12 @@ class Best:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Let the modules have their best state in the body, and their own again after it."""
+        """Let the modules have their best state in the body, and their own again after it.
+
+        RuntimeError if there is none yet.
+        """
+        if not self.states:
+            raise RuntimeError("Best: nothing is kept yet, for no update() was given a number")
         with _swapped(self.modules, self.states):
             yield
 

@@ -243,7 +243,8 @@ def _run_main(main: Callable[[Any], Any]) -> Any:
         _requeue(by=str(stopped))
         raise SystemExit(130) from None
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other processes were told as well
+        for number in (signal.SIGINT, signal.SIGTERM):  # of Dora, which ends its processes
+            signal.signal(number, signal.SIG_IGN)
         link = get_xp().link
         link.load()
         epoch = len(link.history)

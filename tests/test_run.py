@@ -57,7 +57,7 @@ def test_digits_reach_their_score_and_two_processes_agree(project: Path) -> None
     assert abs(history(project)[-1]["valid"]["acc"] - alone) <= 0.01
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize(
     ("example", "metric", "limit"), [("text", "bpc", 2.0), ("adversarial", "frechet", 3.0)]
 )
@@ -66,7 +66,7 @@ def test_other_examples_reach_their_scores(
 ) -> None:
     assert render(example=example).returncode == 0
     project = tmp_path / "out" / "my-research"
-    finish(start(project, "dora", "run", "trackers=[]"), timeout=300)
+    finish(start(project, "dora", "run", "trackers=[]"), timeout=600)
     assert history(project)[-1]["valid"][metric] < limit
 
 

@@ -379,3 +379,41 @@ def test_another_number_of_ranks_resumes_after_the_commit(
     assert "2 processes saved the steps since, and 1 can't resume" in caplog.text
     assert solver.seen[0] == (2, "train", 0)
     assert len(history(tmp_path)) == 3
+
+
+class Plain(Solver):
+    """Has no `log_progress` in which it could stop, and asks to be stopped in epoch 2."""
+
+    def loop(self, name: str, scale: Any = 1.0, learn: bool = True) -> dict[str, float]:
+        if self.epoch == 2 and name == "train" and self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"loss": torch.rand(()).item()}
+
+    def commit(self, save_checkpoint: bool = False) -> None:
+        super().commit(save_checkpoint)
+
+
+def stop_without_progress(folder: str) -> str:
+    torch.set_num_threads(1)
+    distrib.init()
+    solver = Plain(Path(folder))
+    solver.stop_at = {(0, "", 0)} if distrib.rank() == distrib.world_size() - 1 else set()
+    try:
+        solver.run()
+    except Preempted as error:
+        return f"stopped by {error} after epoch {len(solver.history)}"
+    return "done"
+
+
+def test_without_log_progress_a_run_stops_at_the_commit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert stop_without_progress(str(tmp_path / "one")) == "stopped by SIGTERM after epoch 2"
+    assert "Stopped by SIGTERM after epoch 2: saved. The same command resumes" in caplog.text
+    solver = solver_of(tmp_path / "one")
+    assert solver.restore()  # although no commit was to be saved
+    assert solver.epoch == 3
+    said = on_ranks(stop_without_progress, str(tmp_path / "two"))
+    # The rank that was not asked may be a commit further before it knows.
+    assert said[0] == said[1]
+    assert said[0] in {f"stopped by SIGTERM after epoch {epoch}" for epoch in (2, 3)}, said

@@ -245,6 +245,7 @@ def test_a_run_continues_from_another(tmp_path: Path, caplog: pytest.LogCaptureF
             new = Kept(tmp_path / "xps" / "new")
             new.continue_from(source, version=version)
             assert torch.equal(new.model[0].weight, expected)
+            assert torch.equal(new.ema.states["model"]["0.weight"], expected)  # restarts there
             assert new.epoch == 1
             assert not new.optim.state_dict()["state"]
     new.continue_from("old", ["model", "optim"])
@@ -292,7 +293,40 @@ def test_what_was_not_committed_is_said(tmp_path: Path, caplog: pytest.LogCaptur
     Solver(tmp_path / "good").run()
     assert "commit" not in caplog.text
     Forgetful(tmp_path / "bad").run()
-    assert "Stages after the last commit are in no history and no checkpoint: train" in caplog.text
+    said = "Stages after the last commit are in no history and no checkpoint: train"
+    assert said in caplog.text
+    with pytest.raises(UserError, match="ends without an epoch: is `epochs` at least 1, and does"):
+        Forgetful(tmp_path / "bad").log_end()
+
+    class Tested(Solver):
+        def run(self) -> None:
+            super().run()
+            self.run_stage("test", self.train)
+
+    caplog.clear()
+    Tested(tmp_path / "good", epochs=5).run()
+    assert "commit" not in caplog.text
+
+
+def test_a_forgotten_super_is_named(tmp_path: Path) -> None:
+    class Forgetful(BaseSolver):
+        def __init__(self) -> None:
+            self.register_stateful("model")
+
+    with pytest.raises(
+        RuntimeError, match=r"Forgetful.__init__ must call super\(\).__init__\(xp\)"
+    ):
+        Forgetful()
+
+
+def test_a_run_whose_checkpoints_are_gone_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Solver(tmp_path, epochs=2).run()
+    for path in tmp_path.glob("*.th"):
+        path.unlink()
+    assert not Solver(tmp_path).restore()
+    assert "No checkpoint of epochs 1 to 2: training that again" in caplog.text
 
 
 def test_a_stage_that_runs_again_in_an_epoch_is_said(
@@ -306,6 +340,22 @@ def test_a_stage_that_runs_again_in_an_epoch_is_said(
     assert "runs again" not in caplog.text
     solver.run_stage("train", solver.train)
     assert "Stage train runs again in epoch 2: is self.commit() missing?" in caplog.text
+
+
+def test_a_stage_that_is_repeated_has_one_row(tmp_path: Path) -> None:
+    def start() -> BaseSolver:
+        solver = BaseSolver(tmp_path)
+        solver.restore()
+        solver.run_stage("train", dict)
+        return solver
+
+    for _ in range(2):
+        solver = start()
+        solver.commit()
+        solver.wait()
+        start()  # and is killed
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
 
 
 def test_a_stage_that_forgets_to_return_is_said(
@@ -354,11 +404,12 @@ def test_what_trains_and_is_no_state_is_named(
             self.register_stateful("adversarial", "ema")
             self.head = nn.Linear(2, 2)
             self.schedule = torch.optim.lr_scheduler.ConstantLR(self.optim)
+            self.averaged, self.best = EMA({"model": self.model}), Best({"model": self.model})
 
     Solver(tmp_path / "good").run()
     assert "Not registered" not in caplog.text
     Forgetful(tmp_path / "bad").run()
-    said = "Not registered as state, so not saved: head, schedule; see register_stateful"
+    said = "Not registered as state, so not saved: head, schedule, averaged, best; see register_"
     assert caplog.text.count(said) == 1
 
 

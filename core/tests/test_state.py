@@ -149,7 +149,7 @@ def test_best_keeps_a_copy_and_lends_it() -> None:
         raise KeyError
     assert torch.equal(weights(owner.model), second)
     restored = Best({"model": other.model}, mode="max")
-    with restored.swapped():  # there is none yet: the weights stay
+    with pytest.raises(RuntimeError, match="nothing is kept yet"), restored.swapped():
         pass
     restored.load_state_dict(through_file(to_plain(best.state_dict())))
     assert not restored.update(0.4)

@@ -195,6 +195,8 @@ def test_a_wrong_config_file_is_one_line(toy: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        ("lr: fast", "Config error in config.yaml: Value 'fast' .* to Float: in lr"),
+        ("lr:", "Config error in config.yaml: Incompatible value 'None' .*: in lr"),
         ("lr: ${nope}", "Config error: Interpolation key 'nope' not found: in lr"),
         ("lr: [1", "Config error in config.yaml: while parsing .*: line 4: expected"),
         (

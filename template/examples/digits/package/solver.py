@@ -72,7 +72,6 @@ class Solver(BaseSolver):
         """Train until all epochs are committed, from wherever the run stands."""
         if not self.restore() and self.cfg.continue_from:
             self.continue_from(self.cfg.continue_from, version=self.cfg.continue_with)
-            self.ema.reset()
         if self.epoch <= self.cfg.epochs:
             self.log_start()
             self.log_hyperparams(self.xp.cfg)
@@ -136,7 +135,7 @@ class Solver(BaseSolver):
 
     def update(self) -> dict[str, Any]:
         """One update of the weights, by their gradients."""
-        largest = self.cfg.optim.clip or math.inf
+        largest = self.cfg.optim.clip if self.cfg.optim.clip > 0 else math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         [lr] = self.schedule.get_last_lr()
         self.optim.step()

@@ -22,7 +22,9 @@ class Alphabet:
         return len(self.characters)
 
     def encode(self, text: str) -> Tensor:
-        """Numbers `[T]` of the characters of a text; KeyError if there is no such character."""
+        """Numbers `[T]` of the characters of a text; ValueError names one that there is not."""
+        if unknown := [character for character in text if character not in self._numbers]:
+            raise ValueError(f"no {unknown[0]!r} in the alphabet: {''.join(self.characters)!r}")
         return torch.tensor([self._numbers[character] for character in text])
 
     def decode(self, numbers: Tensor) -> str:

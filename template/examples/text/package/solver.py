@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from .core import BaseSolver, Formatter, distrib
 from .core.checkpoint import Policy
 from .core.loader import loader, split_batch
+from .core.utils import UserError
 from .core.xp import XP
 from .data import Windows, load_text
 from .model import Transformer
@@ -27,6 +28,10 @@ class Solver(BaseSolver):
         self.device = distrib.device(cfg.device)
 
         self.alphabet, train_text, valid_text = load_text()
+        try:
+            self.prompt = self.alphabet.encode(cfg.sample.prompt).to(self.device)
+        except ValueError as error:
+            raise UserError(f"sample.prompt: {error}") from error
         context = cfg.data.context
         self.train_loader = self.make_loader(
             Windows(train_text, context, stride=1), cfg.data.updates_per_epoch
@@ -108,7 +113,7 @@ class Solver(BaseSolver):
             return metrics
         with distrib.eager_sync_model(self.model):
             loss.backward()
-        largest = self.cfg.optim.clip or math.inf
+        largest = self.cfg.optim.clip if self.cfg.optim.clip > 0 else math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         [lr] = self.schedule.get_last_lr()
         self.optim.step()
@@ -118,9 +123,8 @@ class Solver(BaseSolver):
 
     def write(self) -> str:
         """A text that begins with the prompt; always by the same dice."""
-        prompt = self.alphabet.encode(self.cfg.sample.prompt).to(self.device)
         generator = torch.Generator().manual_seed(self.cfg.seed)
-        numbers = self.model.continue_text(prompt, self.cfg.sample.length, generator)
+        numbers = self.model.continue_text(self.prompt, self.cfg.sample.length, generator)
         return self.alphabet.decode(numbers)
 
     def get_formatter(self, stage_name: str) -> Formatter:

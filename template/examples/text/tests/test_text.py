@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from {{ cookiecutter.package_name }}.core.utils import UserError
 from {{ cookiecutter.package_name }}.data import Alphabet, Windows, load_text
 from {{ cookiecutter.package_name }}.model import Transformer
 from {{ cookiecutter.package_name }}.solver import warmup_cosine
@@ -51,6 +53,8 @@ def test_texts_are_continued_by_the_same_dice(tmp_path: Path) -> None:
     assert len(text) == 23
     assert solver.write() == text
     assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(UserError, match="no 'é' in the alphabet"):
+        make_solver(tmp_path, "sample.prompt='é'")
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
