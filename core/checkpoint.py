@@ -189,7 +189,7 @@ def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy) -> Non
 def load(path: Path, read_only: bool = False) -> StateDict | None:
     """Read the latest checkpoint, or the newest older one that is whole; all ranks must call it.
 
-    If the run was stopped within the epoch after it, by the same number of ranks, read that rather.
+    If the run was stopped within an epoch after it, by the same number of ranks, read that rather.
     Tensors come to the CPU. Nothing in a file is executed. A damaged file is set aside under
     another name, never deleted, as soon as there is one to resume from instead.
 
@@ -244,7 +244,7 @@ def _newest(path: Path, read_only: bool) -> tuple[Path, StateDict] | None:
 
 
 def _within(path: Path, latest: Path | None) -> tuple[Path, StateDict] | None:
-    """What was saved within the epoch after a checkpoint, if it can be used."""
+    """What was saved within an epoch after a checkpoint, if it can be used."""
     file = midway(path)
     if not file.exists():
         return None
@@ -257,7 +257,7 @@ def _within(path: Path, latest: Path | None) -> tuple[Path, StateDict] | None:
         where = _set_aside(file)
         logger.warning("Damaged: %s, kept as %s: %s", file, where.name, error)
         return None
-    if about["epoch"] != epoch:
+    if about["epoch"] < epoch:
         return None
     if about["ranks"] != distrib.world_size():
         logger.warning(

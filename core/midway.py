@@ -193,6 +193,11 @@ class Midway:
     # ------------------------------------------------------------------------------------- state
 
     @property
+    def is_within_stage(self) -> bool:
+        """Was the run stopped within a stage, and has not come there again?"""
+        return self._saved is not None
+
+    @property
     def can_resume(self) -> bool:
         """Would the stage that is running be resumed exactly? One without averages has others."""
         return self._stage is not None and bool(self._stage.averages)

@@ -62,7 +62,8 @@ class BaseSolver:
         self.stateful.register("midway", self._midway)
         self._writer = Writer()
         self._lock = RunLock(self.xp)
-        self._restored = False
+        self._restored = self._read_only = False
+        self._resumed: StateDict | None = None  # what a run was within an epoch, until it is there
         self._current_stage: str | None = None
         self._start_epoch()
 
@@ -97,6 +98,11 @@ class BaseSolver:
         Args:
             save_checkpoint: else a run that stops before the next checkpoint repeats this epoch.
         """
+        if self._read_only:
+            raise RuntimeError(
+                f"run {self.xp.sig} was restored to be looked at: to train on, start another run "
+                "that continues from it"
+            )
         self.wait()
         if not self.history and (names := unregistered(self, self.stateful)):
             self.logger.warning(
@@ -172,7 +178,7 @@ class BaseSolver:
                 of a config with other values; otherwise warn, and load the rest.
             read_only: to inspect a run rather than resume it: the generators of this process
                 and the files of the run stay as they are, whatever stage is then run: results go
-                to the log only. The config may differ.
+                to the log only, and a commit is refused. The config may differ.
         """
         state = checkpoint.load(self.checkpoint_path, read_only)
         if state is None:
@@ -182,10 +188,12 @@ class BaseSolver:
         if read_only:
             state["rng"] = self.stateful.sources["rng"].state_dict()
             self.result_logger.trackers.clear()
+            self._read_only = True
         else:
             self._check_config(state.get("xp.cfg") or {}, strict)
         self.load_state_dict(state, strict)
         if not read_only:
+            self._resumed = state if self._midway.is_within_stage else None
             self._warn_of_later_epochs()
             self._publish(self.history)
             self._start_epoch()
@@ -377,6 +385,7 @@ class BaseSolver:
         self._current_stage = stage_name
         loader.set_epoch(self.epoch)
         try:
+            self._undo_repetition()
             begin = self._midway.start_stage()
             returned = method(*args, **kwargs)
             if not isinstance(returned, Mapping | None):
@@ -396,6 +405,17 @@ class BaseSolver:
             self._current_stage = None
             self._midway.leave_stage()
         return metrics
+
+    def _undo_repetition(self) -> None:
+        """Set the state as it was within the stage that is resumed.
+
+        Until here the run has repeated what comes before the stage, such as the step of a schedule,
+        except for the stages that were done.
+        """
+        state, self._resumed = self._resumed, None
+        if state is not None:
+            others = self.stateful.sources.keys() & state.keys() - {"midway"}
+            self.stateful.subset(others).load_state_dict({n: state[n] for n in others}, False)
 
     def get_formatter(self, stage_name: str) -> Formatter:
         """How the metrics of a stage are shown; override to your taste."""

@@ -43,7 +43,8 @@ class Solver(BaseSolver):
         distrib.broadcast_model(self.model)
         self.optim = torch.optim.Adam(self.model.parameters(), lr=0.01)
         self.ema = EMA({"model": self.model}, 0.9)
-        self.register_stateful("model", "optim", "ema")
+        self.between = 0
+        self.register_stateful("model", "optim", "ema", "between")
         kwargs: dict[str, Any] = {"num_workers": workers}
         self.data = (
             DataLoader(Noisy(), 4, shuffle=True, **kwargs)
@@ -56,7 +57,9 @@ class Solver(BaseSolver):
     def run(self) -> None:
         self.restore()
         while self.epoch <= 3:
+            self.between += 1
             self.run_stage("train", self.train)
+            self.between *= 2
             self.run_stage("valid", self.valid)
             self.commit()
 
@@ -68,7 +71,7 @@ class Solver(BaseSolver):
         first = self.loop("first")
         with self.ema.swapped():
             second = self.loop("second", scale, learn=False)
-        return {"scale": scale.item(), **second, "first": first["loss"]}
+        return {"scale": scale.item(), **second, "first": first["loss"], "between": self.between}
 
     def loop(self, name: str, scale: Any = 1.0, learn: bool = True) -> dict[str, float]:
         average = self.averager()
@@ -116,11 +119,11 @@ def assert_same(one: Path, other: Path) -> None:
     assert all(torch.equal(value, ours[name]) for name, value in weights(one).items())
 
 
-def solver_of(folder: Path, **kwargs: Any) -> Solver:
+def solver_of(folder: Path, solver: type[Solver] = Solver, **kwargs: Any) -> Solver:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    return Solver(folder, **kwargs)
+    return solver(folder, **kwargs)
 
 
 KINDS = [{"workers": 0}, {"workers": 2}, {"plain": True}]
@@ -267,6 +270,22 @@ def test_a_damaged_stop_costs_no_more_than_the_epoch(
     solver_of(tmp_path / "stopped").run()
     assert "Damaged" in caplog.text
     assert (tmp_path / "stopped" / "midway.damaged-1.th").exists()
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_stop_after_commits_that_saved_nothing(tmp_path: Path) -> None:
+    class Rare(Solver):
+        def commit(self, save_checkpoint: bool = True) -> None:
+            super().commit(save_checkpoint=self.epoch == 3)
+
+    solver_of(tmp_path / "whole", Rare).run()
+    solver = solver_of(tmp_path / "stopped", Rare)
+    solver.stop_at = {(2, "train", 3)}
+    with pytest.raises(Preempted):
+        solver.run()
+    solver = solver_of(tmp_path / "stopped", Rare)
+    solver.run()
+    assert solver.seen[0] == (2, "train", 0)  # as a new process counts: it is step 4
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 

@@ -169,6 +169,8 @@ def test_reading_leaves_everything_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert len(solver.history) == 2
     assert solver.run_stage("train", solver.train)["loss"] > 0
+    with pytest.raises(RuntimeError, match="was restored to be looked at: to train on, start"):
+        solver.commit()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
