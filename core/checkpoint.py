@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import background, distrib
+from .history import is_higher_better
 from .plain import Records, to_plain
 from .state import StateDict
 from .utils import UserError, write_and_rename
@@ -40,20 +41,20 @@ class Policy:
         last: number of the most recent to keep.
         every: keep each whose epoch is a multiple of this; 0 for none.
         best: keep that with the best value of this metric, such as `valid.loss`; empty for none.
-        mode: whether the best is the `min` or the `max`.
+        mode: whether the best is the `min` or the `max`; `auto` goes by the metric's name.
         background: write while the training continues; costs host memory for one more state.
     """
 
     last: int = 2
     every: int = 0
     best: str = ""
-    mode: str = "min"
+    mode: str = "auto"
     background: bool = True
 
     def __post_init__(self) -> None:
-        if self.last < 1 or self.every < 0 or self.mode not in ("min", "max"):
+        if self.last < 1 or self.every < 0 or self.mode not in ("auto", "min", "max"):
             raise UserError(
-                "checkpoint: last must be at least 1, every at least 0, mode min or max; not "
+                "checkpoint: last must be at least 1, every at least 0, mode auto, min or max; not "
                 f"last={self.last}, every={self.every}, mode={self.mode}"
             )
 
@@ -65,7 +66,8 @@ class Policy:
     def best_epoch(self, epochs: Sequence[int], history: Sequence[dict[str, Any]]) -> int | None:
         """The best of some epochs, the earliest of equals; None if the metric is never a number."""
         stage, _, metric = self.best.partition(".")
-        sign = 1 if self.mode == "min" else -1
+        highest = is_higher_better(metric) if self.mode == "auto" else self.mode == "max"
+        sign = -1 if highest else 1
         values = {e: history[e - 1].get(stage, {}).get(metric, math.nan) for e in epochs}
         known = [(sign * v, e) for e, v in values.items() if not math.isnan(v)]
         return min(known)[1] if known else None

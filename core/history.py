@@ -1,8 +1,9 @@
-"""The history of a run, in one JSON file: a dict of stages an epoch, a dict of metrics a stage."""
+"""The history of a run: a dict of stages an epoch, a dict of metrics a stage; in one JSON file."""
 
 from __future__ import annotations
 
 import json
+import re
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,20 @@ from typing import Any
 from .utils import write_and_rename
 
 History = list[dict[str, Any]]
+
+# Names of metrics that are better when they are higher.
+HIGHER = re.compile(
+    r"^(?!.*(brier|err|loss|nll|perplexity)).*(?<![a-z])"
+    r"(m?acc|accuracy|au[a-z]*c|bleu|chrf|cider|correct|dice|elbo|elo|f1|hits@|jaccard|kappa|m?ap"
+    r"|mcc|meteor|m?iou|m?rr|ndcg|pass@|pesq|precision|psnr|r2|recall|returns?|rewards?|rouge|score"
+    r"|(si_?)?s[dn]r|similarity|ssim|stoi|success|top\d+|wins?)"
+    r"\d*(?![a-z])"
+)
+
+
+def is_higher_better(metric: str) -> bool:
+    """Whether a metric, such as `valid.acc`, is an accuracy, score, reward or the like, by name."""
+    return bool(HIGHER.search(metric.rpartition(".")[2].lower()))
 
 
 @dataclass

@@ -28,6 +28,7 @@ from torch.utils.data import (
 )
 
 from . import distrib
+from .rng import derive_seed
 from .utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ class EpochSampler(Sampler[int]):
         return order
 
     def _order(self, number: int, passes: int) -> list[int]:
-        seed = _derive_seed(self.seed, number, passes)
+        seed = derive_seed(self.seed, number, passes)
         order = self.order(torch.Generator().manual_seed(seed))
         if len(order) != (size := len(self.dataset)):
             name = type(self).__name__
@@ -272,13 +273,7 @@ class _SeededBatches:
 
 
 def _seed(*numbers: int) -> None:
-    seed = _derive_seed(*numbers)
+    seed = derive_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _derive_seed(*numbers: int) -> int:
-    """One well-mixed 63-bit seed from several numbers."""
-    state = np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1))

@@ -3,8 +3,8 @@
     python -m my_research.core.report              # all runs
     python -m my_research.core.report SIG SIG      # some
 
-A metric is better when it is higher if its name says so (accuracy, score, reward, …; see `HIGHER`);
-otherwise when it is lower.
+The best value of a metric is the highest if its name says so (accuracy, score, reward, …; see
+`HIGHER` in history.py), else the lowest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import difflib
 import importlib
 import json
 import math
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -27,14 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint
+from .history import is_higher_better
 from .utils import UserError, flatten, write_and_rename
 
-HIGHER = re.compile(
-    r"^(?!.*(loss|err)).*(?<![a-z])"
-    r"(m?acc|accuracy|auc|bleu|correct|dice|f1|m?iou|m?ap|precision|psnr|r2|recall|returns?"
-    r"|rewards?|rouge|score|si_?snr|snr|ssim|success|top\d+|wins?)"
-    r"\d*(?![a-z])"
-)
 # Okabe and Ito's colours, without those that vanish on white or on black; then the kinds of line.
 COLOURS = ["#0a83c9", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#8c8c8c"]
 DASHES = {
@@ -116,12 +110,15 @@ class Run:
     def best(self, metric: str) -> float | None:
         """The best value of a metric; None without one."""
         values = [v for v in self.epochs.get(metric, {}).values() if math.isfinite(v)]
-        pick = max if HIGHER.search(metric.partition(".")[2].lower()) else min
+        pick = max if is_higher_better(metric) else min
         return pick(values, default=None)
 
     def last(self, metric: str) -> float | None:
-        """The value of a metric in the last epoch that has one; None without one."""
-        return next(reversed([*self.epochs.get(metric, {}).values()]), None)
+        """The value of a metric in the last epoch that had its stage; None without one."""
+        stage, _, name = metric.partition(".")
+        values = (epoch[stage].get(name) for epoch in reversed(self.history) if stage in epoch)
+        value = next(values, None)
+        return value if isinstance(value, (int, float)) else None
 
 
 def find_runs(folder: Path, sigs: Sequence[str]) -> list[Run]:
@@ -166,7 +163,9 @@ def choose(names: Sequence[str]) -> list[str]:
 def table(runs: Sequence[Run], keys: Sequence[str], metrics: Sequence[str]) -> list[list[str]]:
     """Rows of a table, of which the first is its head."""
     head = ["run", *keys, "epochs"]
-    head += [f"{word} {metric}" for metric in metrics for word in ("best", "last")]
+    for metric in metrics:
+        best = "highest" if is_higher_better(metric) else "lowest"
+        head += [f"{best} {metric}", f"last {metric}"]
     rows = [head]
     for run in runs:
         row = [run.sig, *(str(run.config.get(key, ABSENT)) for key in keys), run.progress]

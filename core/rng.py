@@ -16,10 +16,17 @@ logger = logging.getLogger(__name__)
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy, torch and CUDA; each rank gets a stream of its own."""
-    seed += distrib.rank()
+    if distrib.rank():
+        seed = derive_seed(seed, distrib.rank())  # not the sum, which other seeds have as well
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def derive_seed(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several numbers."""
+    state = np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
 
 
 class RNGState:

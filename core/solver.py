@@ -395,6 +395,8 @@ class BaseSolver:
                 self.logger.warning(
                     "Stage %s averaged metrics but returned none: is a return missing?", stage_name
                 )
+            if returned and "duration" in returned:
+                raise ValueError(f"stage {stage_name!r}: `duration` is what run_stage measures")
             metrics = to_numbers({**(returned or {}), "duration": time.monotonic() - begin})
             self.log_metrics(stage_name, metrics)
             self._midway.stage_done(stage_name, metrics)

@@ -25,9 +25,11 @@ from typing import Any
 import torch
 
 from .ansi import plain_text
+from .config import changes
 from .lock import RunLock
+from .plain import to_plain
 from .utils import UserError, write_and_rename
-from .xp import Grid
+from .xp import Grid, in_signature
 
 TAIL = 15  # lines of the log of a run that failed
 GRACE = 60.0  # seconds for runs to stop in, once that is asked
@@ -127,12 +129,13 @@ class Sweep:
         print(f"\n{table if sys.stdout.isatty() else plain_text(table)}", flush=True)
 
     def _is_complete(self, xp: Any) -> bool:
-        """Has it ended well, and was not cleared since?"""
+        """Has it ended well, with this config, and was not cleared since?"""
         marks = xp.folder / "sweep.json", xp.folder / "history.json"
         done = all(mark.exists() for mark in marks)
         if done:
-            epochs, history = (json.loads(mark.read_text()) for mark in marks)
-            done = bool(epochs["epochs"] <= len(history))
+            end, history = (json.loads(mark.read_text()) for mark in marks)
+            changed = changes(end["config"], to_plain(xp.cfg))
+            done = end["epochs"] <= len(history) and not any(in_signature(xp, k) for k in changed)
         if done:
             self.grid.states[xp.sig] = "COMPLETED"
         return done
@@ -176,7 +179,7 @@ class Sweep:
             path = worker.xp.folder / "history.json"  # none, if there was nothing to do
             history = json.loads(path.read_text()) if path.exists() else []
             with write_and_rename(worker.xp.folder / "sweep.json", "w") as file:
-                json.dump({"epochs": len(history)}, file)
+                json.dump({"epochs": len(history), "config": to_plain(worker.xp.cfg)}, file)
 
     def _stop(self) -> None:
         """Ask all runs to stop between two steps; after a while, or if asked again, kill them."""
@@ -222,6 +225,8 @@ def main(argv: Iterable[str] | None = None) -> None:
     if args.dry_run:
         sweep.show()
         return
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: no run is to train unseen
+        signal.signal(number, signal.default_int_handler)
     try:
         complete = sweep.run()
     except KeyboardInterrupt:

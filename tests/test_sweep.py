@@ -86,6 +86,13 @@ def test_a_sweep_is_stopped_resumed_and_then_left_alone(project: Path) -> None:
     assert list(project.glob("outputs/xps/*/midway.th")), "no run stopped between two steps"
     assert started(project) == 2
 
+    sweep = start(project, "three", "--workers", "2")
+    while started(project) < 4:
+        assert sweep.poll() is None
+        time.sleep(0.05)
+    sweep.send_signal(signal.SIGTERM)
+    assert "The same command resumes" in finish(sweep, 130)
+
     said = finish(start(project, "three", "--workers", "2"), 0)
     assert said.split("\n\n")[-1].count(" COM ") == 3
     assert epochs(project) == [60, 60, 60]
@@ -94,6 +101,12 @@ def test_a_sweep_is_stopped_resumed_and_then_left_alone(project: Path) -> None:
     assert finish(start(project, "three"), 0).count(" COM ") == 3
     assert time.monotonic() - begin < 30
     assert started(project) == count
+
+    config = project / "my_research" / "config" / "config.yaml"
+    config.write_text(config.read_text().replace("dropout: 0.2", "dropout: 0.5"))
+    said = finish(start(project, "three", "--workers", "2"), 1)
+    assert said.split("\n\n")[-1].count(" FAI ") == 3  # as `dora run` would refuse each
+    assert "has changed since its last checkpoint: model.dropout: 0.2 -> 0.5" in said
 
 
 def test_a_run_that_trains_elsewhere_is_left_alone(project: Path) -> None:
@@ -149,11 +162,11 @@ def test_what_is_wrong_is_said_in_a_line(project: Path) -> None:
     assert done.stderr == "sweep: a run of wide wants 8 GPUs, and there are 2 here\n"
 
 
-def test_a_run_with_nothing_to_do_is_complete(project: Path) -> None:
+def test_a_run_without_an_epoch_is_a_slip(project: Path) -> None:
     add_grid(project, "none", "1e-3,")
     path = project / "my_research" / "grids" / "none.py"
     path.write_text(path.read_text().replace("60", "0"))
-    assert finish(start(project, "none"), 0).count(" COM ") == 1
+    assert "ends without an epoch: is `epochs` at least 1" in finish(start(project, "none"), 1)
 
 
 def test_without_slurm_dora_names_the_other_way(project: Path) -> None:

@@ -165,13 +165,16 @@ def test_what_is_not_ours_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch
         (Policy(last=1, best="valid.loss"), [4]),
         (Policy(last=1, best="valid.loss", mode="max"), [2]),
         (Policy(last=2, every=4, best="valid.loss", mode="max"), [2, 4, 6]),
+        (Policy(last=1, best="valid.acc"), [2]),
+        (Policy(last=1, best="valid.acc", mode="min"), [4]),
         (Policy(last=1, best="valid.unknown"), []),
     ],
 )
 def test_what_is_kept(policy: Policy, kept: list[int], path: Path) -> None:
     values = [3.0, 4.0, float("nan"), 1.0, 2.0, 1.0, 3.0]
+    epochs = [{"valid": {"loss": value, "acc": value}} for value in values]
     for epoch in range(1, 8):
-        checkpoint.save({"epoch": epoch}, path, history(*values[:epoch]), policy)
+        checkpoint.save({"epoch": epoch}, path, epochs[:epoch], policy)
     assert list(checkpoint.older(path)) == kept
     for epoch, file in checkpoint.older(path).items():
         assert checkpoint.read(file)["epoch"] == epoch
@@ -221,7 +224,7 @@ def test_a_best_metric_that_nobody_logs_is_said(
 
 @pytest.mark.parametrize("wrong", [{"last": 0}, {"every": -1}, {"mode": "low"}])
 def test_a_wrong_policy_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="mode min or max; not last="):
+    with pytest.raises(UserError, match="mode auto, min or max; not last="):
         Policy(**wrong)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .. import distrib, gradients, loader, process_group
+from ..rng import seed_everything
 from ..utils import UserError, averager
 from .processes import on_ranks
 
@@ -413,3 +414,19 @@ def _buffers(average: bool) -> list[float]:
 def test_buffers() -> None:
     assert on_ranks(_buffers, True) == [[1.5, 1.5, 1.0]] * 2
     assert on_ranks(_buffers, False) == [[1.0, 1.0, 1.0]] * 2
+
+
+def _seeded() -> list[float]:
+    distrib.init()
+    drawn = []
+    for seed in (0, 1):
+        seed_everything(seed)
+        drawn.append(torch.rand(()).item())
+    return drawn
+
+
+def test_seeds_of_ranks_do_not_overlap() -> None:
+    one, other = on_ranks(_seeded)
+    assert len({*one, *other}) == 4
+    torch.manual_seed(1)
+    assert torch.rand(()).item() == one[1]

@@ -39,7 +39,7 @@ def test_table(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "run",
         "optim.lr",
         "epochs",
-        "best train.loss",
+        "lowest train.loss",
         "last train.loss",
     ]
     history = json.loads((runs / "xps" / "bbbb2222" / "history.json").read_text())
@@ -58,8 +58,14 @@ def test_best_is_higher_or_lower_by_name(tmp_path: Path) -> None:
     found = {name: run.best(name) for name in run.epochs}
     assert found == {"valid.acc": 0.9, "valid.loss": 1.0, "valid.bpc": 1.0}
     assert run.last("valid.acc") == 0.5
+    run.history.append({"valid": {"acc.nonfinite": 3}})
+    assert run.last("valid.acc") is None
+    run.history.append({"train": {"loss": 1.0}})  # no validation in that epoch
+    assert run.last("valid.acc") is None
     higher = ["acc", "acc1", "top5_acc", "valid_accuracy", "mAP", "macro_f1", "mIoU", "psnr_y"]
+    higher += ["auc", "auroc", "si_sdr", "sisnr", "mrr", "ndcg@10", "pass@1", "elbo", "top5"]
     lower = ["window_loss", "map_err", "bitmap", "replace", "acc_loss", "wer", "bpc", "error_map"]
+    lower += ["brier_score", "nll", "perplexity", "audio", "rr_err", "stop", "top"]
     for name in higher + lower:
         run = report.Run(tmp_path, [{"valid": {name: value}} for value in (1.0, 2.0)])
         assert run.best(f"valid.{name}") == (2.0 if name in higher else 1.0), name

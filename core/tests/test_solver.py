@@ -153,6 +153,8 @@ def test_stages(tmp_path: Path) -> None:
         _ = solver.current_stage
     with pytest.raises(RuntimeError, match="'inner' was started inside of stage 'outer'"):
         solver.run_stage("outer", solver.run_stage, "inner", dict)
+    with pytest.raises(ValueError, match="stage 'slow': `duration` is what run_stage measures"):
+        solver.run_stage("slow", lambda: {"duration": 3.0})
     solver.commit()
     solver.wait()
     assert json.loads((tmp_path / "history.json").read_text())[0]["valid"]["b"] == 2
