@@ -222,7 +222,8 @@ class BaseSolver:
             raise UserError(
                 f"the config of run {self.xp.sig} has changed since its last checkpoint: "
                 f"{'; '.join(refused)}. Undo that; or start anew (`dora run --clear`); or resume "
-                f"with the new values by setting {ALLOW_CONFIG_CHANGE}=1 in the environment"
+                f"all the same by setting {ALLOW_CONFIG_CHANGE}=1 in the environment: what is "
+                "state, such as the learning rate in an optimizer, stays as it was"
             )
         for text in changes.values():
             self.logger.warning("The config has changed: %s", text)

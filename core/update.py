@@ -10,7 +10,8 @@
 The version that the project came from, as `.template.json` records it, and the wanted one are
 rendered with the same answers. What differs between the two is merged into the project as
 `git cherry-pick` would, and staged, not committed. Your edits stay; where both changed the same
-lines there are conflict markers, and the exit code is 1. `git reset --hard` gives back the start.
+lines there are conflict markers, and the exit code is 1; it is 2 if there is no update, and why is
+said. `git reset --hard` gives back the start.
 
 Nothing of the core is imported here: while it is broken, run `python my_research/core/update.py`.
 """
@@ -257,7 +258,7 @@ def update(project: Path, args: argparse.Namespace, scratch: Path) -> int:
     if unknown := set(given) - set(new.answers):
         raise UpdateError(f"no answer is called {min(unknown)}: there are {', '.join(new.answers)}")
     if new == replace(record, commit=record.sha):
-        print(f"Up to date: {new}")
+        print(f"Up to date: {new} of {template.address}")
         return 0
     title = ", ".join([f"{record} to {new}", *args.set])
     print(f"Template {title}")
@@ -315,7 +316,8 @@ def main(argv: Iterable[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(prefix="update-") as scratch:
             code = update(found[0], args, Path(scratch).resolve())
     except UpdateError as error:
-        sys.exit(f"update: {error}")
+        print(f"update: {error}", file=sys.stderr)
+        code = 2
     sys.exit(code)
 
 

@@ -151,11 +151,11 @@ def test_a_tracker(tmp_path: Path) -> None:
             return super().valid()
 
     for solver in interrupted(Tracked, tmp_path):
+        rows = (solver.folder / "metrics.csv").read_text().splitlines()
         for stage in ("train", "valid"):
-            rows = (solver.folder / f"{stage}.csv").read_text().splitlines()
-            values = [row.split(",")[:2] for row in rows]
+            values = [row for row in rows if f",{stage},loss," in row]
             losses = [epoch[stage]["loss"] for epoch in solver.history]
-            assert values == [[str(i), str(loss)] for i, loss in enumerate(losses, 1)]
+            assert values == [f"{i},{stage},loss,{loss}" for i, loss in enumerate(losses, 1)]
 
 
 def test_a_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
