@@ -45,12 +45,12 @@ class _Stage:
     """The stage that is running."""
 
     begun: float  # in seconds, on the monotonic clock
-    generators: StateDict  # at its start
+    rng_at_start: StateDict
     loop: int = -1  # number of the loop that is running, or ended last
     step: int = 0  # of that loop, done
-    loop_generators: StateDict = field(default_factory=dict)  # at the loop's begin
+    rng_at_loop: StateDict = field(default_factory=dict)  # at the loop's begin
     passes: int = 0  # of its sampler, before it
-    now: StateDict = field(default_factory=dict)  # generators, as it was interrupted
+    rng_now: StateDict = field(default_factory=dict)  # generators, as it was interrupted
     averages: list[Averages] = field(default_factory=list)
 
 
@@ -100,8 +100,8 @@ class Midway:
         if self._saved is not None:
             mine = self._mine
             self._stage.begun -= self._saved["seconds"]
-            self._stage.generators = mine["generators"]
-            set_rng_state(mine["generators"])
+            self._stage.rng_at_start = mine["rng_at_start"]
+            set_rng_state(mine["rng_at_start"])
         return self._stage.begun
 
     def stage_done(self, name: str, metrics: dict[str, Any]) -> None:
@@ -168,7 +168,7 @@ class Midway:
                     _stop(stage)
         finally:
             self._depth -= 1
-            if not stage.now:  # else this rank stays where it stopped, until all are there
+            if not stage.rng_now:  # else this rank stays where it stopped, until all are there
                 preemption.mark_passed((self._epoch, len(self._done), stage.loop, preemption.LAST))
 
     def _begin(self, stage: _Stage, iterable: Iterable[T], before: int) -> Iterator[T]:
@@ -176,8 +176,8 @@ class Midway:
         sampler = getattr(iterable, "sampler", None)
         saved = self._mine
         if saved:
-            set_rng_state(saved["loop_generators"])
-        stage.step, stage.loop_generators = before, get_rng_state()
+            set_rng_state(saved["rng_at_loop"])
+        stage.step, stage.rng_at_loop = before, get_rng_state()
         if isinstance(sampler, EpochSampler):
             stage.passes = saved["passes"] if saved else sampler.passes
             sampler.resume_at(stage.passes, before * (getattr(iterable, "batch_size", None) or 1))
@@ -186,7 +186,7 @@ class Midway:
             for _ in range(before):
                 next(iterator, None)
         if saved:
-            set_rng_state(saved["now"])
+            set_rng_state(saved["rng_now"])
             self._saved = None
         return iterator
 
@@ -207,9 +207,9 @@ class Midway:
         stage, running = self._stage, None
         if stage is not None:
             mine = {
-                "generators": stage.generators,
-                "loop_generators": stage.loop_generators,
-                "now": stage.now,
+                "rng_at_start": stage.rng_at_start,
+                "rng_at_loop": stage.rng_at_loop,
+                "rng_now": stage.rng_now,
                 "passes": stage.passes,
                 "averages": [average.state_dict() for average in stage.averages],
             }
@@ -229,6 +229,6 @@ class Midway:
 
 
 def _stop(stage: _Stage) -> NoReturn:
-    # To be saved further up: there, whatever lends a model other weights has ended.
-    stage.now = get_rng_state()
+    # `run_stage` saves, not we: until it is there, a `swapped()` may have lent a model its weights.
+    stage.rng_now = get_rng_state()
     raise Preempted(preemption.stop_signal())

@@ -40,7 +40,7 @@ class AttributeWrapper:
     def __init__(self, owner: Any, name: str) -> None:
         self.name = name
         self._owner = weakref.ref(owner)
-        self.value  # noqa: B018
+        self.value  # noqa: B018 (raises now rather than when it is saved)
 
     def _parent(self) -> tuple[Any, str]:
         *path, last = self.name.split(".")

@@ -191,7 +191,7 @@ def check_untracked(root: Path, trial: Path) -> None:
                 raise UpdateError(f"{path} is not committed, and in the way: move it elsewhere")
 
 
-def recall(record: Record, template: Template) -> Path:
+def render_base(record: Record, template: Template) -> Path:
     """Render the version that a project came from, from wherever it still is."""
     errors = []
     for address in dict.fromkeys((template.address, record.template)):
@@ -212,7 +212,7 @@ def recall(record: Record, template: Template) -> Path:
     raise UpdateError(f"{record}, which this project came from, was not found ({why}): {cure}")
 
 
-def store(repo: Path, tree: Path, message: str, *parent: str) -> str:
+def commit_tree(repo: Path, tree: Path, message: str, *parent: str) -> str:
     """Make a folder a commit that no branch knows, by an index of its own; return its name."""
     with tempfile.TemporaryDirectory() as folder:
         env = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
@@ -225,7 +225,7 @@ def store(repo: Path, tree: Path, message: str, *parent: str) -> str:
 
 def merge(repo: Path, base: Path, wanted: Path, message: str) -> list[str]:
     """Merge what differs between two trees into a repo's index and files; return git's status."""
-    commit = store(repo, wanted, message, "-p", store(repo, base, message))
+    commit = commit_tree(repo, wanted, message, "-p", commit_tree(repo, base, message))
     failure = None
     try:
         git(repo, "cherry-pick", "--no-commit", commit)
@@ -264,7 +264,7 @@ def update(project: Path, args: argparse.Namespace, scratch: Path) -> int:
     print(f"Template {title}")
     if args.check:
         return 1
-    base, prefix = recall(record, template), git(project, "rev-parse", "--show-prefix")
+    base, prefix = render_base(record, template), git(project, "rev-parse", "--show-prefix")
     shutil.copy(project / RECORD, base)
     for tree, name in ((base, "base"), (wanted, "wanted")):
         shutil.copytree(tree, scratch / name / prefix)
@@ -276,10 +276,10 @@ def update(project: Path, args: argparse.Namespace, scratch: Path) -> int:
     check_untracked(root, trial)
     if not args.dry_run:
         status = merge(root, *trees, message)
-    return tell(status, args.dry_run)
+    return report(status, args.dry_run)
 
 
-def tell(status: list[str], dry_run: bool) -> int:
+def report(status: list[str], dry_run: bool) -> int:
     """Print what a merge did, or would do; return the exit code."""
     for line in status:
         why = f"  <- {CLASHES.get(line[:2], 'both moved or added it')}" if is_clash(line) else ""

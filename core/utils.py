@@ -13,7 +13,7 @@ from typing import IO, Any, NoReturn
 import torch
 import torch.nn.functional as F
 
-WEIGHT = "its weight"  # a name that no metric has
+WEIGHT = "its weight"  # key of a step's weight among its metrics, a name that none of them has
 
 
 class UserError(RuntimeError):

@@ -72,7 +72,7 @@ def wait(work: Any, what: str) -> None:
             break
         except RuntimeError as error:
             if work.is_completed() and not failed:
-                failed = True  # or it ended well, just after the time was up: asked again, it tells
+                failed = True  # unless it ended well just now, after the time: wait again
                 continue
             _post_status(what)
             reports += 1
