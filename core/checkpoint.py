@@ -96,14 +96,17 @@ def save(
     _prune(path, history, policy or Policy())
 
 
-def save_midway(state: StateDict, path: Path, epoch: int) -> None:
+def save_midway(state: StateDict, path: Path) -> None:
     """Write what the run is within an epoch, beside the latest checkpoint, durably.
+
+    It is read again only as long as that checkpoint is the latest: whoever goes back to an older
+    one need not know of it.
 
     Args:
         state: as for `save`.
         path: of the latest checkpoint.
-        epoch: number of epochs before.
     """
+    epoch = _epoch_of(path) if path.exists() else 0
     _write(state, midway(path), epoch, f"what was done after epoch {epoch}")
 
 
@@ -140,7 +143,7 @@ def _siblings(path: Path, mark: object) -> list[Path]:
 def _keep_previous(path: Path, epoch: int) -> None:
     """Give the latest checkpoint the name of an older one too, if it is older than this epoch."""
     try:
-        found = _load(path, mmap=True)["checkpoint"]["epoch"]
+        found = _epoch_of(path)
     except MemoryError:
         raise
     except Exception:
@@ -250,7 +253,7 @@ def _within(path: Path, latest: Path | None) -> tuple[Path, StateDict] | None:
     file = midway(path)
     if not file.exists():
         return None
-    epoch = _load(latest, mmap=True)["checkpoint"]["epoch"] if latest else 0
+    epoch = _epoch_of(latest) if latest else 0
     try:
         about, state = _load(file, mmap=True)["checkpoint"], read(file)
     except MemoryError:
@@ -259,7 +262,7 @@ def _within(path: Path, latest: Path | None) -> tuple[Path, StateDict] | None:
         where = _set_aside(file)
         logger.warning("Damaged: %s, kept as %s: %s", file, where.name, error)
         return None
-    if about["epoch"] < epoch:
+    if about["epoch"] != epoch:
         return None
     if about["ranks"] != distrib.world_size():
         logger.warning(
@@ -294,6 +297,11 @@ def peek(path: Path) -> StateDict:
     """The state in a checkpoint file, unverified, with tensors that are read when used."""
     state: StateDict = _load(path, mmap=True)
     return state
+
+
+def _epoch_of(path: Path) -> int:
+    epoch: int = _load(path, mmap=True)["checkpoint"]["epoch"]
+    return epoch
 
 
 def _load(path: Path, mmap: bool = False) -> Any:

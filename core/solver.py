@@ -159,7 +159,7 @@ class BaseSolver:
         state["midway"]["pending"] = to_plain(self._pending_metrics)
         with distrib.raised_everywhere():
             if distrib.is_rank_zero():
-                checkpoint.save_midway(state, self.checkpoint_path, len(self.history))
+                checkpoint.save_midway(state, self.checkpoint_path)
         step = state["midway"]["stage"]["step"]
         self._stopped(f"step {step} of {self.current_stage} in epoch {self.epoch}")
 

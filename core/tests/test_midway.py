@@ -301,6 +301,16 @@ def test_what_a_stop_saved_is_forgotten_with_its_epoch(tmp_path: Path) -> None:
     solver.run()
     assert (solver.epoch, solver.seen) == (4, [])
 
+    solver = solver_of(tmp_path / "back")
+    solver.stop_at = {(3, "train", 3)}
+    with pytest.raises(Preempted):
+        solver.run()
+    (tmp_path / "back" / "checkpoint.1.th").replace(tmp_path / "back" / "checkpoint.th")
+    solver = solver_of(tmp_path / "back")
+    solver.run()
+    assert solver.seen[0] == (2, "train", 0)
+    assert_same(tmp_path, tmp_path / "back")
+
 
 def test_another_order_of_stages_is_refused(tmp_path: Path) -> None:
     solver = solver_of(tmp_path)
