@@ -12,6 +12,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class Policy:
     def best_epoch(self, epochs: Sequence[int], history: Sequence[dict[str, Any]]) -> int | None:
         """The best of some epochs, the earliest of equals; None if the metric is never a number."""
         stage, _, metric = self.best.partition(".")
-        highest = is_higher_better(metric) if self.mode == "auto" else self.mode == "max"
+        highest = is_higher_better(self.best) if self.mode == "auto" else self.mode == "max"
         sign = -1 if highest else 1
         values = {e: history[e - 1].get(stage, {}).get(metric, math.nan) for e in epochs}
         known = [(sign * v, e) for e, v in values.items() if not math.isnan(v)]
@@ -106,7 +107,10 @@ def save_midway(state: StateDict, path: Path) -> None:
         state: as for `save`.
         path: of the latest checkpoint.
     """
-    epoch = _epoch_of(path) if path.exists() else 0
+    epoch = 0
+    for candidate in (*older(path).values(), path):  # as `load` does, from the other end
+        with suppress(Exception):
+            epoch = _epoch_of(candidate)
     _write(state, midway(path), epoch, f"what was done after epoch {epoch}")
 
 

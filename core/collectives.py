@@ -73,13 +73,14 @@ def broadcast_object(obj: T, src: int = 0) -> T:
 
 @contextmanager
 def raised_everywhere() -> Iterator[None]:
-    """Let an error of rank zero in the body raise on all ranks."""
+    """Let an error of rank zero in the body raise on all ranks; that of another raises there."""
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    if message := broadcast_object(str(error) if error else ""):
+    message = broadcast_object((str(error) or repr(error)) if error else "")
+    if error or message:
         raise error or UserError(message)
 
 

@@ -29,10 +29,10 @@ def changes(saved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, st
 
 
 def check_overrides(overrides: Iterable[str], known: Sequence[str], typed: bool) -> None:
-    """Refuse what Hydra would accept, and nobody heed: keys that are read earlier, untyped keys."""
+    """Refuse keys that Hydra accepts, but that would have no effect, or no type."""
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
-        if key.startswith(("dora.", "slurm.")):
+        if key.partition(".")[0] in ("dora", "slurm"):
             raise SystemExit(
                 f"Config error: {override}: set it in config.yaml, which is read before overrides; "
                 "for jobs there are `dora launch -g` and, in a grid, `launcher.slurm_`"

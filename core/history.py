@@ -15,17 +15,18 @@ History = list[dict[str, Any]]
 
 # Names of metrics that are better when they are higher.
 HIGHER = re.compile(
-    r"^(?!.*(brier|err|loss|nll|perplexity)).*(?<![a-z])"
-    r"(m?acc|accuracy|au[a-z]*c|bleu|chrf|cider|correct|dice|elbo|elo|f1|hits@|jaccard|kappa|m?ap"
-    r"|mcc|meteor|m?iou|m?rr|ndcg|pass@|pesq|precision|psnr|r2|recall|returns?|rewards?|rouge|score"
-    r"|(si_?)?s[dn]r|similarity|ssim|stoi|success|top\d+|wins?)"
+    r"^(?!.*(brier|loss|nll|nonfinite|perplexity|(?<![a-z])err(or)?s?(?![a-z]))).*(?<![a-z])"
+    r"(m?acc|accuracy|au[a-z]*c|bleu|chrf|cider|correct|dice|elbo|elo|f1|hits@|jaccard|kappa"
+    r"|likelihood|m?ap|mcc|meteor|m?iou|m?rr|ndcg|pass@|pearson|pesq|precision|psnr|r2|recall"
+    r"|returns?|rewards?|rouge|[a-z]*score|(si_?)?s[dn]r|similarity|spearman|ssim|stoi|success"
+    r"|top\d+|wins?)"
     r"\d*(?![a-z])"
 )
 
 
 def is_higher_better(metric: str) -> bool:
-    """Whether a metric, such as `valid.acc`, is an accuracy, score, reward or the like, by name."""
-    return bool(HIGHER.search(metric.rpartition(".")[2].lower()))
+    """Whether a metric, as `stage.name`, is an accuracy, score, reward or the like, by its name."""
+    return bool(HIGHER.search(metric.partition(".")[2].lower()))
 
 
 @dataclass

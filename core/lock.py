@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .collectives import broadcast_object
+from .collectives import raised_everywhere
 from .process_group import is_rank_zero
 from .utils import UserError
 from .xp import XP
@@ -32,24 +32,27 @@ class RunLock:
                 return True
         except TimeoutError:
             return False
+        except (OSError, NotImplementedError):  # see `_acquire`
+            return True
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold it on rank zero, also if held already; all ranks raise if another process does."""
-        free = True
-        try:
+        with raised_everywhere():
             if is_rank_zero():
-                self._file.acquire(timeout=SECONDS)
-        except TimeoutError:
-            free = False
-        except (OSError, NotImplementedError) as error:  # some file systems know no locks
-            logger.warning("Two processes could train this run: no lock, %s", error)
+                self._acquire()
         try:
-            if not broadcast_object(free):
-                raise UserError(
-                    f"run {self._sig} is training in another process: wait for its end, or stop "
-                    "it first"
-                )
             yield
         finally:
             self._file.release()
+
+    def _acquire(self) -> None:
+        try:
+            self._file.acquire(timeout=SECONDS)
+        except TimeoutError:
+            raise UserError(
+                f"run {self._sig} is training in another process: wait for its end, or stop it "
+                "first"
+            ) from None
+        except (OSError, NotImplementedError) as error:  # some file systems know no locks
+            logger.warning("Two processes could train this run: no lock, %s", error)

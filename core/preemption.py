@@ -52,7 +52,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        _listening = False
+        _signal, _listening = "", False
         ended.set()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -118,8 +118,8 @@ def _all_ranks_here(position: Position) -> bool:
         if time.monotonic() > deadline:
             silent = sorted({*range(process_group.world_size())} - positions.keys())
             raise RuntimeError(
-                f"asked to stop by {_signal}, but no word from ranks {silent}, which hang or are "
-                "in no log_progress loop; the last commit is safe"
+                f"asked to stop by {_signal}, but no word from ranks {silent}, which hang or have "
+                "ended; the last commit is safe"
             )
         time.sleep(0.02)
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy, torch and CUDA; each rank gets a stream of its own."""
     if distrib.rank():
-        seed = derive_seed(seed, distrib.rank())  # not the sum, which other seeds have as well
+        seed = derive_seed(seed, distrib.rank(), *b"rank")  # not a sum, which other seeds have too
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -10,11 +10,13 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import checkpoint, config, distrib, loader, preemption
+from . import checkpoint, distrib, loader, preemption
 from .background import Writer
+from .config import changes
 from .formatter import Formatter
 from .history import HistoryFile
 from .lock import RunLock
@@ -24,9 +26,9 @@ from .progress import LogProgressBar
 from .results import ResultLogger, to_numbers
 from .rng import RNGState
 from .state import AttributeWrapper, StateDict, StateManager, unregistered
-from .utils import Averages, UserError, flatten
-from .weights import EMA, summary
-from .xp import XP, FolderXP, Preempted, get_xp, in_signature, resume_command
+from .utils import Averages, UserError
+from .weights import summary
+from .xp import XP, FolderXP, Preempted, changed_values, get_xp, resume_command
 
 T = TypeVar("T")
 
@@ -63,7 +65,8 @@ class BaseSolver:
         self._writer = Writer()
         self._lock = RunLock(self.xp)
         self._restored = self._read_only = False
-        self._resumed: StateDict | None = None  # what a run was within an epoch, until it is there
+        self._stopping = False  # all ranks have agreed on that, in a commit
+        self._midway_state: StateDict | None = None  # until the interrupted stage is called again
         self._current_stage: str | None = None
         self._start_epoch()
 
@@ -93,26 +96,22 @@ class BaseSolver:
 
         Both happen in the background, unless the policy in `self.checkpoints` says otherwise. If
         they fail, the next commit raises on all ranks, or else the end of `run`. A run that was
-        asked to stop, and had no loop over `log_progress` to do so in, stops here.
+        asked to stop since its last step of `log_progress` stops where the next stage would start.
 
         Args:
             save_checkpoint: else a run that stops before the next checkpoint repeats this epoch.
         """
-        if self._read_only:
-            raise RuntimeError(
-                f"run {self.xp.sig} was restored to be looked at: to train on, start another run "
-                "that continues from it"
-            )
+        self._refuse_if_read_only()
         self.wait()
         if not self.history and (names := unregistered(self, self.stateful)):
             self.logger.warning(
                 "Not registered as state, so not saved: %s; see register_stateful", ", ".join(names)
             )
-        stop = preemption.should_stop((self.epoch,), preemption.LAST)
+        self._stopping = preemption.should_stop((self.epoch,), preemption.LAST)
         self.history.append(self._pending_metrics)
         self._midway.start_epoch(self.epoch)
         try:
-            if save_checkpoint or stop:
+            if save_checkpoint or self._stopping:
                 self._save(self.state_dict())
                 if not self.checkpoints.background:
                     self.wait()
@@ -122,10 +121,6 @@ class BaseSolver:
             self.history.pop()
             raise
         self._start_epoch()
-        if stop:
-            self.wait()
-            self._stopped(f"epoch {self.epoch - 1}")
-            raise Preempted(preemption.stop_signal())
 
     def wait(self) -> None:
         """Wait until all that was committed is on disk; an error in that raises on all ranks."""
@@ -161,9 +156,9 @@ class BaseSolver:
             if distrib.is_rank_zero():
                 checkpoint.save_midway(state, self.checkpoint_path)
         step = state["midway"]["stage"]["step"]
-        self._stopped(f"step {step} of {self.current_stage} in epoch {self.epoch}")
+        self._log_stop(f"step {step} of {self.current_stage} in epoch {self.epoch}")
 
-    def _stopped(self, where: str) -> None:
+    def _log_stop(self, where: str) -> None:
         self.logger.warning(
             "Stopped by %s after %s: saved. The same command resumes there",
             preemption.stop_signal(),
@@ -180,6 +175,8 @@ class BaseSolver:
                 and the files of the run stay as they are, whatever stage is then run: results go
                 to the log only, and a commit is refused. The config may differ.
         """
+        if not read_only:
+            self._refuse_if_read_only()
         state = checkpoint.load(self.checkpoint_path, read_only)
         if state is None:
             if not read_only:
@@ -193,10 +190,10 @@ class BaseSolver:
             self._check_config(state.get("xp.cfg") or {}, strict)
         self.load_state_dict(state, strict)
         if not read_only:
-            self._resumed = state if self._midway.is_within_stage else None
             self._warn_of_later_epochs()
             self._publish(self.history)
             self._start_epoch()
+            self._midway_state = deepcopy(state) if self._midway.is_within_stage else None
             self._pending_metrics.update(state.get("midway", {}).get("pending", {}))
             self.result_logger.resume(self.epoch, self._pending_metrics, self.steps)
             self.replay_history()
@@ -210,14 +207,19 @@ class BaseSolver:
             lost = f"epochs {self.epoch} to {later}" if later > self.epoch else f"epoch {later}"
             self.logger.warning("No checkpoint of %s: training that again", lost)
 
+    def _refuse_if_read_only(self) -> None:
+        if self._read_only:
+            raise RuntimeError(
+                f"run {self.xp.sig} was restored to be looked at: to train on, start another run "
+                "that continues from it"
+            )
+
     def _check_config(self, saved: dict[str, Any], strict: bool) -> None:
         """Refuse to resume with other values than the run began with, such as an edited default.
 
         A key that is new in the config only gives a warning: nothing says that it changes anything.
         """
-        changes = config.changes(saved, to_plain(self.xp.cfg, "the config"))
-        known = flatten(saved)
-        refused = [t for key, t in changes.items() if key in known and in_signature(self.xp, key)]
+        refused = changed_values(self.xp, saved).values()
         if refused and strict and not os.environ.get(ALLOW_CONFIG_CHANGE):
             raise UserError(
                 f"the config of run {self.xp.sig} has changed since its last checkpoint: "
@@ -225,7 +227,7 @@ class BaseSolver:
                 f"all the same by setting {ALLOW_CONFIG_CHANGE}=1 in the environment: what is "
                 "state, such as the learning rate in an optimizer, stays as it was"
             )
-        for text in changes.values():
+        for text in changes(saved, to_plain(self.xp.cfg, "the config")).values():
             self.logger.warning("The config has changed: %s", text)
 
     def continue_from(
@@ -237,7 +239,7 @@ class BaseSolver:
     ) -> None:
         """Take the weights, or more, of another run, to start this one with.
 
-        An `EMA` that is not taken restarts from them.
+        An `EMA` of them goes on from what it was: call its `reset` too.
 
         Args:
             source: signature of the run, its folder, or a checkpoint file.
@@ -245,7 +247,6 @@ class BaseSolver:
             version: `latest`; or those that a state called `best` or `ema` keeps of them.
             strict: refuse missing, unexpected or wrongly shaped entries; else warn and skip them.
         """
-        names = [*names]
         tried = [Path(source), Path(source) / "checkpoint.th"]
         tried.append(self.folder.parent / source / "checkpoint.th")
         path = next((p for p in tried if p.is_file()), None)
@@ -264,9 +265,6 @@ class BaseSolver:
                 f"continue from {path}: no {version} {', '.join(absent)} in it, which has {there}"
             )
         self.stateful.subset(names).load_state_dict({n: found[n] for n in names}, strict)
-        for name, value in vars(self).items():
-            if isinstance(value, EMA) and name not in names:
-                value.reset()
         self.logger.info("Continue from %s of %s: %s", version, path, ", ".join(names))
 
     def replay_history(self) -> None:
@@ -283,6 +281,7 @@ class BaseSolver:
 
     def _start_epoch(self) -> None:
         self._pending_metrics: dict[str, Any] = {}
+        self._midway_state = None
 
     def log_start(self) -> None:
         """Log what starts: config, modules, folder, how to resume. All ranks must call it.
@@ -377,6 +376,10 @@ class BaseSolver:
                 f"stage {stage_name!r} was started inside of stage {self._current_stage!r}; "
                 "stages come one after another"
             )
+        if self._stopping:
+            self.wait()
+            self._log_stop(f"epoch {self.epoch - 1}")
+            raise Preempted(preemption.stop_signal())
         if (known := self._midway.done_before(stage_name)) is not None:
             return known
         if self._midway.is_done(stage_name):
@@ -386,7 +389,7 @@ class BaseSolver:
         self._current_stage = stage_name
         loader.set_epoch(self.epoch)
         try:
-            self._undo_repetition()
+            self._reload_midway_state()
             begin = self._midway.start_stage()
             returned = method(*args, **kwargs)
             if not isinstance(returned, Mapping | None):
@@ -409,13 +412,13 @@ class BaseSolver:
             self._midway.leave_stage()
         return metrics
 
-    def _undo_repetition(self) -> None:
-        """Set the state as it was within the stage that is resumed.
+    def _reload_midway_state(self) -> None:
+        """In the stage that was interrupted, set the state as it was then.
 
-        Until here the run has repeated what comes before the stage, such as the step of a schedule,
-        except for the stages that were done.
+        Between the stages that were skipped, the run has repeated the rest of the epoch, such as
+        the step of a schedule.
         """
-        state, self._resumed = self._resumed, None
+        state, self._midway_state = self._midway_state, None
         if state is not None:
             others = self.stateful.sources.keys() & state.keys() - {"midway"}
             self.stateful.subset(others).load_state_dict({n: state[n] for n in others}, False)
@@ -463,7 +466,7 @@ class BaseSolver:
         return self._midway.averager(beta)
 
     def check_finite(self, averages: Mapping[str, float], *names: str) -> None:
-        """Stop before a commit if a metric was NaN or infinite in a step; asked once a stage.
+        """Stop before a commit if a metric was NaN or infinite in any step of the stage.
 
         Args:
             averages: of the stage, as `averager` gives.
@@ -573,7 +576,7 @@ def _managed(run: Callable[..., T]) -> Callable[..., T]:
             raise
         self.wait()
         later = self._pending_metrics
-        # A test after the training is in no epoch, and no slip.
+        # A test after the training is not one of them.
         if later and (not self.history or later.keys() & self.history[-1].keys()):
             self.logger.warning(
                 "Stages after the last commit are in no history and no checkpoint: %s",

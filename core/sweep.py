@@ -19,17 +19,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .ansi import plain_text
-from .config import changes
 from .lock import RunLock
 from .plain import to_plain
 from .utils import UserError, write_and_rename
-from .xp import Grid, in_signature
+from .xp import Grid, changed_values
 
 TAIL = 15  # lines of the log of a run that failed
 GRACE = 60.0  # seconds for runs to stop in, once that is asked
@@ -134,8 +134,7 @@ class Sweep:
         done = all(mark.exists() for mark in marks)
         if done:
             end, history = (json.loads(mark.read_text()) for mark in marks)
-            changed = changes(end["config"], to_plain(xp.cfg))
-            done = end["epochs"] <= len(history) and not any(in_signature(xp, k) for k in changed)
+            done = end["epochs"] <= len(history) and not changed_values(xp, end.get("config", {}))
         if done:
             self.grid.states[xp.sig] = "COMPLETED"
         return done
@@ -183,11 +182,12 @@ class Sweep:
 
     def _stop(self) -> None:
         """Ask all runs to stop between two steps; after a while, or if asked again, kill them."""
-        print(f"\nStopping {len(self.running)} runs; once more kills them.", flush=True)
         deadline = time.monotonic() + GRACE
         try:
             for worker in self.running.values():
                 worker.stop(signal.SIGTERM)
+            with suppress(OSError):  # the terminal may be gone
+                print(f"\nStopping {len(self.running)} runs; once more kills them.", flush=True)
             while any(worker.process.poll() is None for worker in self.running.values()):
                 if time.monotonic() > deadline:
                     raise KeyboardInterrupt
@@ -226,7 +226,8 @@ def main(argv: Iterable[str] | None = None) -> None:
         sweep.show()
         return
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: no run is to train unseen
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under `nohup`
+            signal.signal(number, signal.default_int_handler)
     try:
         complete = sweep.run()
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any, NoReturn, Protocol, cast
 
 from . import config
 from .history import FileLink
+from .plain import to_plain
 from .utils import UserError, flatten
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class FolderXP:
 
 
 class Preempted(KeyboardInterrupt):
-    """A run was asked to stop by a signal, did so between two steps, and is saved."""
+    """A run was asked to stop by a signal, has saved, and ends."""
 
 
 def get_xp() -> XP:
@@ -86,6 +87,15 @@ def in_signature(xp: XP, key: str) -> bool:
     """Does a (dotted) key of the config tell this run from others?"""
     dora = getattr(xp, "dora", None)
     return dora is None or not dora.is_excluded(key)
+
+
+def changed_values(xp: XP, saved: Mapping[str, Any]) -> dict[str, str]:
+    """What makes a saved config that of another run: by key, a text as of `config.changes`.
+
+    A key that is new, or does not count in signatures, does not.
+    """
+    known, changes = flatten(saved), config.changes(saved, to_plain(xp.cfg, "the config"))
+    return {k: text for k, text in changes.items() if k in known and in_signature(xp, k)}
 
 
 def resume_command(xp: XP, distributed: bool) -> str:
@@ -157,7 +167,8 @@ def _main_class(typed: bool) -> Any:
             keys = flatten(cast(Any, OmegaConf.to_container(self._base_cfg)))
             groups = [name for name in self._config_groups if not name.startswith("hydra")]
             known, argv = [*keys, *groups], list(argv)
-            config.check_overrides(argv, known, typed)
+            if not self._requested:  # else they may be from a time when that was not refused
+                config.check_overrides(argv, known, typed)
             try:
                 xp = super().get_xp(argv)
             except Exception as error:

@@ -43,7 +43,7 @@ class Solver(BaseSolver):
         distrib.broadcast_model(self.model)
         self.optim = torch.optim.Adam(self.model.parameters(), lr=0.01)
         self.ema = EMA({"model": self.model}, 0.9)
-        self.between = 0
+        self.between: dict[str, list[int]] = {"stages": []}  # what happens between stages
         self.register_stateful("model", "optim", "ema", "between")
         kwargs: dict[str, Any] = {"num_workers": workers}
         self.data = (
@@ -57,9 +57,9 @@ class Solver(BaseSolver):
     def run(self) -> None:
         self.restore()
         while self.epoch <= 3:
-            self.between += 1
+            self.between["stages"].append(self.epoch)
             self.run_stage("train", self.train)
-            self.between *= 2
+            self.optim.step()  # once more, by the last gradients
             self.run_stage("valid", self.valid)
             self.commit()
 
@@ -71,7 +71,12 @@ class Solver(BaseSolver):
         first = self.loop("first")
         with self.ema.swapped():
             second = self.loop("second", scale, learn=False)
-        return {"scale": scale.item(), **second, "first": first["loss"], "between": self.between}
+        return {
+            "scale": scale.item(),
+            **second,
+            "first": first["loss"],
+            "between": len(self.between["stages"]),
+        }
 
     def loop(self, name: str, scale: Any = 1.0, learn: bool = True) -> dict[str, float]:
         average = self.averager()
@@ -312,6 +317,18 @@ def test_what_a_stop_saved_is_forgotten_with_its_epoch(tmp_path: Path) -> None:
     assert_same(tmp_path, tmp_path / "back")
 
 
+def test_a_stage_that_is_not_called_again_is_forgotten(tmp_path: Path) -> None:
+    solver = solver_of(tmp_path)
+    solver.stop_at = {(2, "train", 3)}
+    with pytest.raises(Preempted):
+        solver.run()
+    solver = solver_of(tmp_path)
+    solver.restore()
+    solver.commit()
+    solver.run_stage("train", solver.train)
+    assert solver.epoch == 3
+
+
 def test_another_order_of_stages_is_refused(tmp_path: Path) -> None:
     solver = solver_of(tmp_path)
     solver.stop_at = {(1, "first", 0)}
@@ -411,25 +428,28 @@ def test_another_number_of_ranks_resumes_after_the_commit(
 
 
 class Plain(Solver):
-    """Has no `log_progress` in which it could stop, and asks to be stopped in epoch 2."""
+    """Has no `log_progress` in which it could stop, and is asked to in some epoch."""
 
     def loop(self, name: str, scale: Any = 1.0, learn: bool = True) -> dict[str, float]:
-        if self.epoch == 2 and name == "train" and self.stop_at:
+        if (self.epoch, name, 0) in self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return {"loss": torch.rand(()).item()}
 
     def commit(self, save_checkpoint: bool = False) -> None:
         super().commit(save_checkpoint)
+        self.after = self.epoch
 
 
-def stop_without_progress(folder: str) -> str:
+def stop_without_progress(folder: str, epoch: int) -> str:
     torch.set_num_threads(1)
     distrib.init()
     solver = Plain(Path(folder))
-    solver.stop_at = {(0, "", 0)} if distrib.rank() == distrib.world_size() - 1 else set()
+    last = distrib.rank() == distrib.world_size() - 1
+    solver.stop_at = {(epoch, "train", 0)} if last else set()
     try:
         solver.run()
     except Preempted as error:
+        assert solver.after == solver.epoch  # what follows a commit was done
         return f"stopped by {error} after epoch {len(solver.history)}"
     return "done"
 
@@ -437,12 +457,14 @@ def stop_without_progress(folder: str) -> str:
 def test_without_log_progress_a_run_stops_at_the_commit(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert stop_without_progress(str(tmp_path / "one")) == "stopped by SIGTERM after epoch 2"
+    assert stop_without_progress(str(tmp_path / "one"), 2) == "stopped by SIGTERM after epoch 2"
     assert "Stopped by SIGTERM after epoch 2: saved. The same command resumes" in caplog.text
     solver = solver_of(tmp_path / "one")
     assert solver.restore()  # although no commit was to be saved
     assert solver.epoch == 3
-    said = on_ranks(stop_without_progress, str(tmp_path / "two"))
+    assert stop_without_progress(str(tmp_path / "last"), 3) == "done"
+    assert len(checkpoint.read(tmp_path / "last" / "checkpoint.th")["history"]) == 3
+    said = on_ranks(stop_without_progress, str(tmp_path / "two"), 1)
     # The rank that was not asked may be a commit further before it knows.
     assert said[0] == said[1]
-    assert said[0] in {f"stopped by SIGTERM after epoch {epoch}" for epoch in (2, 3)}, said
+    assert said[0] in {f"stopped by SIGTERM after epoch {epoch}" for epoch in (1, 2)}, said

@@ -64,8 +64,9 @@ def test_best_is_higher_or_lower_by_name(tmp_path: Path) -> None:
     assert run.last("valid.acc") is None
     higher = ["acc", "acc1", "top5_acc", "valid_accuracy", "mAP", "macro_f1", "mIoU", "psnr_y"]
     higher += ["auc", "auroc", "si_sdr", "sisnr", "mrr", "ndcg@10", "pass@1", "elbo", "top5"]
+    higher += ["f1.macro", "bertscore", "log_likelihood", "preferred_acc"]
     lower = ["window_loss", "map_err", "bitmap", "replace", "acc_loss", "wer", "bpc", "error_map"]
-    lower += ["brier_score", "nll", "perplexity", "audio", "rr_err", "stop", "top"]
+    lower += ["brier_score", "nll", "perplexity", "audio", "rr_err", "stop", "top", "acc.nonfinite"]
     for name in higher + lower:
         run = report.Run(tmp_path, [{"valid": {name: value}} for value in (1.0, 2.0)])
         assert run.best(f"valid.{name}") == (2.0 if name in higher else 1.0), name

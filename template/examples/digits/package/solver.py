@@ -72,6 +72,7 @@ class Solver(BaseSolver):
         """Train until all epochs are committed, from wherever the run stands."""
         if not self.restore() and self.cfg.continue_from:
             self.continue_from(self.cfg.continue_from, version=self.cfg.continue_with)
+            self.ema.reset()
         if self.epoch <= self.cfg.epochs:
             self.log_start()
             self.log_hyperparams(self.xp.cfg)
