@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from . import checkpoint, distrib, loader, preemption
 from .background import Writer
@@ -157,6 +157,11 @@ class BaseSolver:
                 checkpoint.save_midway(state, self.checkpoint_path)
         step = state["midway"]["stage"]["step"]
         self._log_stop(f"step {step} of {self.current_stage} in epoch {self.epoch}")
+
+    def _stop_after_commit(self) -> NoReturn:
+        self.wait()
+        self._log_stop(f"epoch {self.epoch - 1}")
+        raise Preempted(preemption.stop_signal())
 
     def _log_stop(self, where: str) -> None:
         self.logger.warning(
@@ -377,9 +382,7 @@ class BaseSolver:
                 "stages come one after another"
             )
         if self._stopping:
-            self.wait()
-            self._log_stop(f"epoch {self.epoch - 1}")
-            raise Preempted(preemption.stop_signal())
+            self._stop_after_commit()
         if (known := self._midway.done_before(stage_name)) is not None:
             return known
         if self._midway.is_done(stage_name):
@@ -391,17 +394,8 @@ class BaseSolver:
         try:
             self._reload_midway_state()
             begin = self._midway.start_stage()
-            returned = method(*args, **kwargs)
-            if not isinstance(returned, Mapping | None):
-                kind = type(returned).__name__
-                raise TypeError(f"stage {stage_name!r} returned a {kind}, not a dict of metrics")
-            if returned is None and self._midway.can_resume:
-                self.logger.warning(
-                    "Stage %s averaged metrics but returned none: is a return missing?", stage_name
-                )
-            if returned and "duration" in returned:
-                raise ValueError(f"stage {stage_name!r}: `duration` is what run_stage measures")
-            metrics = to_numbers({**(returned or {}), "duration": time.monotonic() - begin})
+            metrics = self._check_metrics(method(*args, **kwargs))
+            metrics["duration"] = time.monotonic() - begin
             self.log_metrics(stage_name, metrics)
             self._midway.stage_done(stage_name, metrics)
         except Preempted:
@@ -411,6 +405,20 @@ class BaseSolver:
             self._current_stage = None
             self._midway.leave_stage()
         return metrics
+
+    def _check_metrics(self, returned: Any) -> dict[str, Any]:
+        """What the stage returned, as numbers."""
+        stage = self.current_stage
+        if not isinstance(returned, Mapping | None):
+            kind = type(returned).__name__
+            raise TypeError(f"stage {stage!r} returned a {kind}, not a dict of metrics")
+        if returned is None and self._midway.can_resume:
+            self.logger.warning(
+                "Stage %s averaged metrics but returned none: is a return missing?", stage
+            )
+        if returned and "duration" in returned:
+            raise ValueError(f"stage {stage!r}: `duration` is what run_stage measures")
+        return to_numbers(returned or {})
 
     def _reload_midway_state(self) -> None:
         """In the stage that was interrupted, set the state as it was then.
