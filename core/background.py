@@ -16,7 +16,7 @@ _threads = ThreadPoolExecutor(1, "checkpoint")
 
 
 def wait() -> None:
-    """Wait for all writes of this process, whose errors are for others to raise."""
+    """Wait for all writes of this process; their errors are raised by `Writer.wait`."""
     _threads.submit(int).result()
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: state on disk, written atomically and verified when read.
 
 `checkpoint.th` is the latest; older ones lie beside it, as `checkpoint.<epoch>.th`. `midway.th` is
-what a run saved within the next epoch, because it was asked to stop.
+what a run saved within an epoch after it, because it was asked to stop.
 """
 
 from __future__ import annotations

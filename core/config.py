@@ -13,10 +13,10 @@ NEW_KEY = "a new one has its type in schema.py and its value in config.yaml"
 
 
 def changes(saved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    """What another config has for each (dotted) key whose value differs, but where runs are kept.
+    """Compare two configs, but for their sections `dora` and `slurm`.
 
     Returns:
-        By key, in their order, a text such as `optim.lr: 0.1 -> 0.2`.
+        For each dotted key whose value differs, a text such as `optim.lr: 0.1 -> 0.2`.
     """
     then, now = flatten(saved), flatten(config)
     return {

@@ -15,12 +15,11 @@ History = list[dict[str, Any]]
 
 # Names of metrics that are better when they are higher.
 HIGHER = re.compile(
-    r"^(?!.*(brier|loss|nll|nonfinite|perplexity|(?<![a-z])err(or)?s?(?![a-z]))).*(?<![a-z])"
+    r"^(?!.*(brier|loss|neg|nll|nonfinite|perplexity|(?<![a-z])err(or)?s?(?![a-z]))).*(?<![a-z])"
     r"(m?acc|accuracy|au[a-z]*c|bleu|chrf|cider|correct|dice|elbo|elo|f1|hits@|jaccard|kappa"
     r"|likelihood|m?ap|mcc|meteor|m?iou|m?rr|ndcg|pass@|pearson|pesq|precision|psnr|r2|recall"
     r"|returns?|rewards?|rouge|[a-z]*score|(si_?)?s[dn]r|similarity|spearman|ssim|stoi|success"
-    r"|top\d+|wins?)"
-    r"\d*(?![a-z])"
+    r"|top\d+|wins?)\d*(?![a-z])"
 )
 
 

@@ -67,6 +67,7 @@ def test_best_is_higher_or_lower_by_name(tmp_path: Path) -> None:
     higher += ["f1.macro", "bertscore", "log_likelihood", "preferred_acc"]
     lower = ["window_loss", "map_err", "bitmap", "replace", "acc_loss", "wer", "bpc", "error_map"]
     lower += ["brier_score", "nll", "perplexity", "audio", "rr_err", "stop", "top", "acc.nonfinite"]
+    lower += ["negative_log_likelihood"]
     for name in higher + lower:
         run = report.Run(tmp_path, [{"valid": {name: value}} for value in (1.0, 2.0)])
         assert run.best(f"valid.{name}") == (2.0 if name in higher else 1.0), name
