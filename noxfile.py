@@ -134,7 +134,7 @@ def slurm(session: nox.Session) -> None:
 
 @nox.session
 def matrix(session: nox.Session) -> None:
-    """Check and test every example; train, kill, spread and sweep it with every tracker.
+    """Check, test, spread and sweep every example; train and kill it with every tracker.
 
     Arguments go to pytest, such as `-k digits-wandb`.
     """

@@ -52,8 +52,8 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        _signal, _listening = "", False
         ended.set()
+        _signal, _listening = "", False
         for number, handler in before.items():
             signal.signal(number, handler)
 
