@@ -28,16 +28,24 @@ def changes(saved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, st
     }
 
 
+def is_without_effect(override: str) -> bool:
+    """Is an override of a section that Dora reads before it looks at overrides?"""
+    return override.lstrip("+~").partition("=")[0].partition(".")[0] in ("dora", "slurm")
+
+
 def check_overrides(overrides: Iterable[str], known: Sequence[str], typed: bool) -> None:
     """Refuse keys that Hydra accepts, but that would have no effect, or no type."""
     for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if key.partition(".")[0] in ("dora", "slurm"):
+        if is_without_effect(override):
             raise SystemExit(
                 f"Config error: {override}: set it in config.yaml, which is read before overrides; "
                 "for jobs there are `dora launch -g` and, in a grid, `launcher.slurm_`"
             )
-        if typed and override.startswith("+") and key not in known:
+        if (
+            typed
+            and override.startswith("+")
+            and override.strip("+").partition("=")[0] not in known
+        ):
             raise SystemExit(f"Config error: {override}: no such key, {NEW_KEY}")
 
 

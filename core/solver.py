@@ -9,14 +9,13 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from . import checkpoint, distrib, loader, preemption
 from .background import Writer
-from .config import changes
 from .formatter import Formatter
 from .history import HistoryFile
 from .lock import RunLock
@@ -28,7 +27,7 @@ from .rng import RNGState
 from .state import AttributeWrapper, StateDict, StateManager, unregistered
 from .utils import Averages, UserError
 from .weights import summary
-from .xp import XP, FolderXP, Preempted, changed_values, get_xp, resume_command
+from .xp import XP, FolderXP, Preempted, config_changes, get_xp, resume_command
 
 T = TypeVar("T")
 
@@ -224,7 +223,8 @@ class BaseSolver:
 
         A key that is new in the config only gives a warning: nothing says that it changes anything.
         """
-        refused = changed_values(self.xp, saved).values()
+        changes = config_changes(self.xp, saved)
+        refused = [change for change, is_another_run in changes.items() if is_another_run]
         if refused and strict and not os.environ.get(ALLOW_CONFIG_CHANGE):
             raise UserError(
                 f"the config of run {self.xp.sig} has changed since its last checkpoint: "
@@ -232,19 +232,19 @@ class BaseSolver:
                 f"all the same by setting {ALLOW_CONFIG_CHANGE}=1 in the environment: what is "
                 "state, such as the learning rate in an optimizer, stays as it was"
             )
-        for text in changes(saved, to_plain(self.xp.cfg, "the config")).values():
-            self.logger.warning("The config has changed: %s", text)
+        for change in changes:
+            self.logger.warning("The config has changed: %s", change)
 
     def continue_from(
         self,
         source: str | Path,
-        names: Iterable[str] = ("model",),
+        names: Collection[str] = ("model",),
         version: str = "latest",
         strict: bool = True,
     ) -> None:
         """Take the weights, or more, of another run, to start this one with.
 
-        An `EMA` of them goes on from what it was: call its `reset` too.
+        An `EMA` of them keeps its averages: call its `reset` too.
 
         Args:
             source: signature of the run, its folder, or a checkpoint file.
@@ -392,8 +392,7 @@ class BaseSolver:
         self._current_stage = stage_name
         loader.set_epoch(self.epoch)
         try:
-            self._reload_midway_state()
-            begin = self._midway.start_stage()
+            begin = self._start_stage()
             metrics = self._check_metrics(method(*args, **kwargs))
             metrics["duration"] = time.monotonic() - begin
             self.log_metrics(stage_name, metrics)
@@ -420,8 +419,8 @@ class BaseSolver:
             raise ValueError(f"stage {stage!r}: `duration` is what run_stage measures")
         return to_numbers(returned or {})
 
-    def _reload_midway_state(self) -> None:
-        """In the stage that was interrupted, set the state as it was then.
+    def _start_stage(self) -> float:
+        """Begin the stage, or resume it with the state as it was; return the time it began at.
 
         Between the stages that were skipped, the run has repeated the rest of the epoch, such as
         the step of a schedule.
@@ -430,6 +429,7 @@ class BaseSolver:
         if state is not None:
             others = self.stateful.sources.keys() & state.keys() - {"midway"}
             self.stateful.subset(others).load_state_dict({n: state[n] for n in others}, False)
+        return self._midway.start_stage()
 
     def get_formatter(self, stage_name: str) -> Formatter:
         """How the metrics of a stage are shown; override to your taste."""
@@ -584,7 +584,7 @@ def _managed(run: Callable[..., T]) -> Callable[..., T]:
             raise
         self.wait()
         later = self._pending_metrics
-        # A test after the training is not one of them.
+        # A stage of another name, such as a test after the training, needs no commit.
         if later and (not self.history or later.keys() & self.history[-1].keys()):
             self.logger.warning(
                 "Stages after the last commit are in no history and no checkpoint: %s",

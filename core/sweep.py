@@ -29,7 +29,7 @@ from .ansi import plain_text
 from .lock import RunLock
 from .plain import to_plain
 from .utils import UserError, write_and_rename
-from .xp import Grid, changed_values
+from .xp import Grid, config_changes
 
 TAIL = 15  # lines of the log of a run that failed
 GRACE = 60.0  # seconds for runs to stop in, once that is asked
@@ -43,11 +43,17 @@ class Worker:
         command: what starts it.
         cwd: where.
         env: what is particular of its environment.
+
+    Raises:
+        BlockingIOError: if another `dora run` or sweep trains it.
     """
 
     def __init__(self, xp: Any, command: list[str], cwd: Path, env: dict[str, str]) -> None:
         self.xp = xp
         self.log = xp.folder / "sweep.log"
+        xp.folder.mkdir(parents=True, exist_ok=True)
+        if not RunLock(xp).is_free():
+            raise BlockingIOError
         with self.log.open("ab") as log:
             # Held by the process that writes there for as long as it lives, whether we do or not.
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,7 +140,8 @@ class Sweep:
         done = all(mark.exists() for mark in marks)
         if done:
             end, history = (json.loads(mark.read_text()) for mark in marks)
-            done = end["epochs"] <= len(history) and not changed_values(xp, end.get("config", {}))
+            changes = config_changes(xp, end.get("config", {}))
+            done = end["epochs"] <= len(history) and not any(changes.values())
         if done:
             self.grid.states[xp.sig] = "COMPLETED"
         return done
@@ -153,9 +160,6 @@ class Sweep:
             env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.workers))
         command = [*self.command, *flags, *xp.argv]
         try:
-            xp.folder.mkdir(parents=True, exist_ok=True)
-            if not RunLock(xp).is_free():  # some `dora run` has it
-                raise BlockingIOError
             self.running[xp.sig] = Worker(xp, command, self.cwd, env)
         except BlockingIOError:
             print(f"Run {xp.sig} is training in another process: left alone", flush=True)

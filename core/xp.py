@@ -89,13 +89,13 @@ def in_signature(xp: XP, key: str) -> bool:
     return dora is None or not dora.is_excluded(key)
 
 
-def changed_values(xp: XP, saved: Mapping[str, Any]) -> dict[str, str]:
-    """What makes a saved config that of another run: by key, a text as of `config.changes`.
+def config_changes(xp: XP, saved: Mapping[str, Any]) -> dict[str, bool]:
+    """What has changed in a run's config, each with whether the run would be another one.
 
-    A key that is new, or does not count in signatures, does not.
+    That is so unless the key is new, or does not count in signatures.
     """
     known, changes = flatten(saved), config.changes(saved, to_plain(xp.cfg, "the config"))
-    return {k: text for k, text in changes.items() if k in known and in_signature(xp, k)}
+    return {text: key in known and in_signature(xp, key) for key, text in changes.items()}
 
 
 def resume_command(xp: XP, distributed: bool) -> str:
@@ -167,8 +167,7 @@ def _main_class(typed: bool) -> Any:
             keys = flatten(cast(Any, OmegaConf.to_container(self._base_cfg)))
             groups = [name for name in self._config_groups if not name.startswith("hydra")]
             known, argv = [*keys, *groups], list(argv)
-            if not self._requested:  # else they may be from a time when that was not refused
-                config.check_overrides(argv, known, typed)
+            config.check_overrides(argv, known, typed)
             try:
                 xp = super().get_xp(argv)
             except Exception as error:
@@ -181,7 +180,8 @@ def _main_class(typed: bool) -> Any:
         def get_argv_from_sig(self, sig: str) -> Any:
             self._requested = sig
             try:
-                return super().get_argv_from_sig(sig)
+                argv = super().get_argv_from_sig(sig)
+                return [arg for arg in argv if not config.is_without_effect(arg)]
             except RuntimeError:
                 _refuse_signature(sig, self.dora.dir / self.dora.xps)
 

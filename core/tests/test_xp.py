@@ -245,6 +245,8 @@ def test_an_interrupt_says_how_to_resume(toy: Path) -> None:
 def test_runs_are_found_again(toy: Path) -> None:
     python(toy, "-m", "toy.train", "lr=3")
     [run] = runs(toy)
+    stored = run / ".argv.json"
+    stored.write_text(json.dumps([*json.loads(stored.read_text()), "dora.dir=/away"]))  # once taken
     code = f"""
         from hydra.core.global_hydra import GlobalHydra
         from toy.train import main
@@ -257,6 +259,9 @@ def test_runs_are_found_again(toy: Path) -> None:
         assert not GlobalHydra.instance().is_initialized()
     """
     python(toy, "-c", textwrap.dedent(code))
+    command = ["-m", "dora", "-P", "toy", "run", "-f", run.name]
+    for override in ("+optim.lrr=5", "dora.dir=/away"):
+        assert f"Config error: {override}: " in python(toy, *command, override, code=1).stderr
 
 
 def test_flashys_example_runs_with_the_import_changed(toy: Path) -> None:
