@@ -131,6 +131,13 @@ def solver_of(folder: Path, solver: type[Solver] = Solver, **kwargs: Any) -> Sol
     return solver(folder, **kwargs)
 
 
+def run_until(solver: Solver, at: tuple[int, str, int]) -> None:
+    """Train, and be asked to stop in a step: epoch, loop, number."""
+    solver.stop_at = {at}
+    with pytest.raises(Preempted):
+        solver.run()
+
+
 KINDS = [{"workers": 0}, {"workers": 2}, {"plain": True}]
 
 
@@ -161,10 +168,7 @@ def test_a_stopped_run_goes_on_with_the_next_step(tmp_path: Path, kind: dict[str
 
 def test_after_the_last_step_the_stage_ends_before_the_stop(tmp_path: Path) -> None:
     solver_of(tmp_path / "whole").run()
-    solver = solver_of(tmp_path / "stopped")
-    solver.stop_at = {(1, "train", 10)}
-    with pytest.raises(Preempted):
-        solver.run()
+    run_until(solver_of(tmp_path / "stopped"), (1, "train", 10))
     rows = curves(tmp_path / "stopped")
     assert [row.get("step", "summary") for row in rows] == [*range(1, 12), "summary"]
     solver_of(tmp_path / "stopped").run()
@@ -266,10 +270,7 @@ def test_a_damaged_stop_costs_no_more_than_the_epoch(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     solver_of(tmp_path / "whole").run()
-    solver = solver_of(tmp_path / "stopped")
-    solver.stop_at = {(2, "train", 3)}
-    with pytest.raises(Preempted):
-        solver.run()
+    run_until(solver_of(tmp_path / "stopped"), (2, "train", 3))
     saved = tmp_path / "stopped" / "midway.th"
     saved.write_bytes(saved.read_bytes()[:-100])
     solver_of(tmp_path / "stopped").run()
@@ -284,10 +285,7 @@ def test_a_stop_after_commits_that_saved_nothing(tmp_path: Path) -> None:
             super().commit(save_checkpoint=self.epoch == 3)
 
     solver_of(tmp_path / "whole", Rare).run()
-    solver = solver_of(tmp_path / "stopped", Rare)
-    solver.stop_at = {(2, "train", 3)}
-    with pytest.raises(Preempted):
-        solver.run()
+    run_until(solver_of(tmp_path / "stopped", Rare), (2, "train", 3))
     solver = solver_of(tmp_path / "stopped", Rare)
     solver.run()
     assert solver.seen[0] == (2, "train", 0)  # as a new process counts: it is step 4
@@ -295,10 +293,7 @@ def test_a_stop_after_commits_that_saved_nothing(tmp_path: Path) -> None:
 
 
 def test_what_a_stop_saved_is_forgotten_with_its_epoch(tmp_path: Path) -> None:
-    solver = solver_of(tmp_path)
-    solver.stop_at = {(2, "train", 3)}
-    with pytest.raises(Preempted):
-        solver.run()
+    run_until(solver_of(tmp_path), (2, "train", 3))
     kept = (tmp_path / "midway.th").read_bytes()
     solver_of(tmp_path).run()
     (tmp_path / "midway.th").write_bytes(kept)  # as if a crash had come before its removal
@@ -306,10 +301,7 @@ def test_what_a_stop_saved_is_forgotten_with_its_epoch(tmp_path: Path) -> None:
     solver.run()
     assert (solver.epoch, solver.seen) == (4, [])
 
-    solver = solver_of(tmp_path / "back")
-    solver.stop_at = {(3, "train", 3)}
-    with pytest.raises(Preempted):
-        solver.run()
+    run_until(solver_of(tmp_path / "back"), (3, "train", 3))
     (tmp_path / "back" / "checkpoint.1.th").replace(tmp_path / "back" / "checkpoint.th")
     solver = solver_of(tmp_path / "back")
     solver.run()
@@ -318,10 +310,7 @@ def test_what_a_stop_saved_is_forgotten_with_its_epoch(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_is_not_called_again_is_forgotten(tmp_path: Path) -> None:
-    solver = solver_of(tmp_path)
-    solver.stop_at = {(2, "train", 3)}
-    with pytest.raises(Preempted):
-        solver.run()
+    run_until(solver_of(tmp_path), (2, "train", 3))
     solver = solver_of(tmp_path)
     solver.restore()
     solver.commit()
@@ -330,10 +319,7 @@ def test_a_stage_that_is_not_called_again_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_another_order_of_stages_is_refused(tmp_path: Path) -> None:
-    solver = solver_of(tmp_path)
-    solver.stop_at = {(1, "first", 0)}
-    with pytest.raises(Preempted):
-        solver.run()
+    run_until(solver_of(tmp_path), (1, "first", 0))
     solver = solver_of(tmp_path)
     solver.restore()
     with pytest.raises(RuntimeError, match="after stage 'train', and now comes 'valid'"):
