@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .utils import write_and_rename
+
+logger = logging.getLogger(__name__)
 
 History = list[dict[str, Any]]
 
@@ -56,6 +59,20 @@ class HistoryFile:
     def __init__(self, link: Any) -> None:
         self._link = link
         self._epochs: list[tuple[Any, str]] = []  # as they were, and as they were written
+
+    def read(self) -> History:
+        """What was published last; nothing if that is damaged, which is said."""
+        try:
+            self._link.load()
+        except ValueError as error:
+            logger.warning(
+                "%s can't be read: %s; the checkpoint has the history as well",
+                self._link.history_file,
+                error,
+            )
+            return []
+        history: History = self._link.history
+        return history
 
     def write(self, history: History) -> None:
         """Replace the published history."""

@@ -206,8 +206,7 @@ class BaseSolver:
 
     def _warn_of_later_epochs(self) -> None:
         """Tell which epochs have metrics but no checkpoint."""
-        self.xp.link.load()
-        if (later := len(self.xp.link.history)) >= self.epoch:
+        if (later := len(self._history_file.read())) >= self.epoch:
             lost = f"epochs {self.epoch} to {later}" if later > self.epoch else f"epoch {later}"
             self.logger.warning("No checkpoint of %s: training that again", lost)
 
@@ -482,8 +481,11 @@ class BaseSolver:
 
         Raises:
             UserError: that names the metric, on the ranks where it was.
+            ValueError: if the steps had other metrics, but none of that name.
         """
         for name in names:
+            if averages and not averages.keys() & {name, f"{name}.nonfinite"}:
+                raise ValueError(f"no metric {name} to check: there are {', '.join(averages)}")
             if steps := averages.get(f"{name}.nonfinite"):
                 raise UserError(
                     f"{self.current_stage}, epoch {self.epoch}: on rank {distrib.rank()}, {name} "

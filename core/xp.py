@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn, Protocol, cast
 
 from . import config
-from .history import FileLink
+from .history import FileLink, HistoryFile
 from .plain import to_plain
 from .utils import UserError, flatten
 
@@ -256,9 +256,7 @@ def _run_main(main: Callable[[Any], Any]) -> Any:
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):  # of Dora, which ends its processes
             signal.signal(number, signal.SIG_IGN)
-        link = get_xp().link
-        link.load()
-        epoch = len(link.history)
+        epoch = len(HistoryFile(get_xp().link).read())
         where = f"resumes after epoch {epoch}" if epoch else "starts anew: no epoch was committed"
         logger.warning("Interrupted. The same command %s.", where)
         raise SystemExit(130) from None

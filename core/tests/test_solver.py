@@ -288,6 +288,18 @@ def test_lost_epochs_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert len(json.loads((tmp_path / "history.json").read_text())) == 2
 
 
+def test_a_damaged_history_is_taken_from_the_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Solver(tmp_path, epochs=2).run()
+    file = tmp_path / "history.json"
+    whole = file.read_text()
+    file.write_text(whole[:20])
+    assert Solver(tmp_path).restore()
+    assert "history.json can't be read: " in caplog.text
+    assert file.read_text() == whole
+
+
 def test_what_was_not_committed_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Forgetful(Solver):
         def run(self) -> None:
@@ -385,7 +397,9 @@ def test_a_metric_that_is_no_number_stops_the_stage(tmp_path: Path) -> None:
             metrics = average({"loss": loss, "fine": 1.0})
         solver.check_finite(metrics, *checked)
 
-    solver.run_stage("train", stage, "fine", "absent")
+    solver.run_stage("train", stage, "fine")
+    with pytest.raises(ValueError, match="no metric absent to check: there are loss, "):
+        solver.run_stage("train", stage, "absent")
     said = "train, epoch 1: on rank 0, loss was NaN or infinite in 2 of the steps; the last commit"
     with pytest.raises(UserError, match=said):
         solver.run_stage("train", stage, "fine", "loss")
