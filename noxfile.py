@@ -30,7 +30,6 @@ PEERS = ("accelerate", "flashy", "lightning", "lightning-fabric", "pytorch-ignit
 
 PYTEST = ("pytest", "pytest-timeout", "pytest-xdist")
 SHARED = ("-n", "3", "--dist", "worksteal")  # tests wait more than they work
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 nox.options.sessions = ["lint", "tests", "matrix", "slurm"]
 nox.options.reuse_existing_virtualenvs = True
@@ -102,7 +101,7 @@ def tests(session: nox.Session) -> None:
         "zizmor",
     )
     install(session, *RUNTIME, *PYTEST, *tools, "cookiecutter")
-    session.run("python", "-m", "pytest", *(session.posargs or SHARED), env=ONE_THREAD)
+    session.run("python", "-m", "pytest", *(session.posargs or SHARED))
 
 
 @nox.session
@@ -128,8 +127,7 @@ def slurm(session: nox.Session) -> None:
     python = Path(session.bin, "python")
     if subprocess.run([python, "-m", "tests.cluster"], cwd=ROOT).returncode != 0:
         session.skip("there can be no Slurm cluster here; the line above says why")
-    env = {**ONE_THREAD, "SLURM_TESTS": "1"}
-    session.run("python", "-m", "pytest", "tests/test_slurm.py", env=env)
+    session.run("python", "-m", "pytest", "tests/test_slurm.py", env={"SLURM_TESTS": "1"})
 
 
 @nox.session
@@ -148,9 +146,8 @@ def matrix(session: nox.Session) -> None:
         # What they depend on is there, at the pinned versions; `pip check` says if not.
         session.install("-q", "--no-deps", "--no-build-isolation", *options)
         session.run("python", "-m", "pip", "check")
-        env = {**ONE_THREAD, "MATRIX": folder}
-        chosen = session.posargs or ("-n", "3")
-        session.run("python", "-m", "pytest", "tests/test_matrix.py", *chosen, env=env)
+        command = ("python", "-m", "pytest", "tests/test_matrix.py")
+        session.run(*command, *(session.posargs or ("-n", "3")), env={"MATRIX": folder})
 
 
 @nox.session

@@ -12,6 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+# Of every process that the tests start: they share few cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Shells let what they start in the background ignore Ctrl-C, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -153,10 +153,7 @@ def start(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     env |= {
         f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
     }
-    env |= {
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}",
-    }
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
 
     def begin(where: Path) -> Reader:
         return Reader(Path(shutil.copytree(project, where / "my-research")), env)

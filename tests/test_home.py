@@ -44,10 +44,8 @@ class Home:
     """A rendered project, and a shell in it."""
 
     def __init__(self, template: Path, folder: Path, example: str) -> None:
-        self.env = clean_environment(folder) | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-        }
+        self.env = clean_environment(folder)
+        self.env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{self.env['PATH']}"
         done = cookiecutter(template, folder / "out", self.env, example=example)
         assert done.returncode == 0, done.stderr
         self.path = folder / "out" / "my-research"

@@ -53,7 +53,6 @@ class Project:
         self.env = os.environ | {
             f"{self.package.upper()}_DIR": str(outputs),
             "DORA_PACKAGE": self.package,
-            "OMP_NUM_THREADS": "1",
             "WANDB_MODE": "offline",
         }
 

@@ -41,7 +41,7 @@ BIN = Path(sys.executable).parent
 
 def environment(**more: str) -> dict[str, str]:
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "USER": "me"} | more
+    return os.environ | {"PATH": path, "USER": "me"} | more
 
 
 def run(project: Path, *command: str, **env: str) -> str:

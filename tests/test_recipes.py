@@ -46,7 +46,7 @@ def python(project: Path, *args: str, code: int = 0, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, *args],
         cwd=project,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -23,9 +23,8 @@ def project(render: Render, tmp_path: Path) -> Path:
 
 
 def start(project: Path, *command: str) -> subprocess.Popen[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     full = [sys.executable, "-m", *command]
-    return subprocess.Popen(full, cwd=project, env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(full, cwd=project, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 120) -> str:

@@ -47,7 +47,7 @@ class Lab:
 
     def __init__(self, project: Path, env: dict[str, str]) -> None:
         self.project = project
-        self.env = env | {"OMP_NUM_THREADS": "1"}
+        self.env = env
 
     def run(self, *command: str, code: int = 0, timeout: float = 180) -> str:
         done = subprocess.run(
