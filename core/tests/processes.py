@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.multiprocessing as mp
 
 from .. import distrib
+
+# Forked from a process that has imported torch already, which takes seconds, and no more.
+CONTEXT: Any = mp.get_context("forkserver" if sys.platform == "linux" else "spawn")
+if sys.platform == "linux":
+    CONTEXT.set_forkserver_preload(["torch._dynamo", __name__])
 
 
 def on_ranks(
@@ -20,10 +27,11 @@ def on_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env["WORLD_SIZE"] = str(ranks)
+    results = CONTEXT.SimpleQueue()
     processes = [
-        context.Process(target=_work, args=(function, args, rank, ranks, port, results))
+        CONTEXT.Process(target=_work, args=(function, args, env | {"RANK": str(rank)}, results))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -38,15 +46,12 @@ def on_ranks(
 
 
 def _work(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    rank: int,
-    ranks: int,
-    port: int,
-    results: Any,
+    function: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str], results: Any
 ) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    os.environ.clear()
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    rank = distrib.rank()
     try:
         distrib.init(timeout=60)
         results.put((rank, function(*args)))
