@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .process_group import is_distributed, is_rank_zero, rank, world_size
-from .utils import UserError
+from .utils import Averages, UserError
 from .watchdog import check_same_call, wait
 
 T = TypeVar("T")
@@ -84,26 +84,33 @@ def raised_everywhere() -> Iterator[None]:
         raise error or UserError(message)
 
 
-def average_metrics(metrics: Mapping[str, Any], count: float = 1.0) -> dict[str, float]:
+def average_metrics(metrics: Mapping[str, Any], count: float | None = None) -> dict[str, float]:
     """Average metrics over ranks, in double precision.
 
     A metric that only some ranks have is averaged over those; a rank with a zero count (it saw no
     example) does not count.
 
     Args:
-        metrics: numbers or tensors of one element.
-        count: weight of this rank, usually the number of examples it saw.
+        metrics: what `averager` gave, or numbers and tensors of one element.
+        count: weight of this rank, usually the number of examples it saw. By default, what
+            `averager` gave has the weights of its steps; a dict, also one made from that, weighs 1.
     """
-    sums: dict[str, float] = {}
-    counts: dict[str, float] = {}
-    mine = {k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in metrics.items()}
+    numbers = {
+        k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in metrics.items()
+    }
     if not is_distributed():
-        return mine
-    for values, weight in gather_objects((mine, float(count)), "average_metrics"):
-        for name, value in values.items() if weight else ():
-            sums[name] = sums.get(name, 0.0) + value * weight
-            counts[name] = counts.get(name, 0.0) + weight
-    return {name: sums[name] / counts[name] for name in sums}
+        return numbers
+    if count is None and isinstance(metrics, Averages):
+        mine = metrics.sums()
+    else:
+        weight = 1.0 if count is None else float(count)
+        mine = {name: (value * weight, weight) for name, value in numbers.items() if weight}
+    sums: dict[str, tuple[float, float]] = {}
+    for theirs in gather_objects(mine, "average_metrics"):
+        for name, (total, weight) in theirs.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = before[0] + total, before[1] + weight
+    return {name: total / weight for name, (total, weight) in sums.items()}
 
 
 def average_tensors(tensors: Iterable[torch.Tensor]) -> None:

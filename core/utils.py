@@ -29,7 +29,7 @@ def averager(beta: float = 1.0) -> Averages:
 
     It takes the metrics of one step and their weight (usually the number of examples), and returns
     itself, the averages so far. A metric may be absent from some steps; called twice for a step, it
-    takes metrics of different weights.
+    takes metrics of different weights, which `distrib.average_metrics` minds as well.
 
     Args:
         beta: forgetting factor of the exponential moving average; 1 weighs all steps alike.
@@ -50,7 +50,6 @@ class Averages(Mapping[str, float]):
         self._beta = beta
         # Of each metric: the weighted sum, the sum of weights, the count of nonfinite values.
         self._sums: dict[str, list[float]] = {}
-        self._weight = 0.0
         self._steps: list[dict[str, Any]] = []  # that wait to be summed, each with its weight
         self._rows: list[torch.Tensor] = []  # what those have on a device, `[values]` each
         self._current: dict[str, float] | None = {}
@@ -80,21 +79,26 @@ class Averages(Mapping[str, float]):
             self._sum()
         return self
 
-    @property
-    def weight(self) -> float:
-        """The sum of all weights, such as the number of examples."""
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """Of each metric the weighted sum, and the sum of the weights it came with."""
         self._sum()
-        return self._weight
+        found: dict[str, tuple[float, float]] = {}
+        for name, (total, weight, nonfinite) in self._sums.items():
+            if weight:
+                found[name] = total, weight
+            if nonfinite:
+                found[f"{name}.nonfinite"] = nonfinite, 1
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """All that was taken in."""
         self._sum()
-        return {"sums": {n: list(sums) for n, sums in self._sums.items()}, "weight": self._weight}
+        return {"sums": {n: list(sums) for n, sums in self._sums.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self._sums = {name: list(sums) for name, sums in state["sums"].items()}
-        self._weight, self._steps, self._rows, self._current = state["weight"], [], [], None
+        self._steps, self._rows, self._current = [], [], None
 
     def _sum(self) -> None:
         """Sum the steps that wait, in their order; that waits for the device once."""
@@ -103,7 +107,6 @@ class Averages(Mapping[str, float]):
             if self._rows:
                 step = {n: next(values) if v is None else v for n, v in step.items()}
             weight = step.pop(WEIGHT)
-            self._weight += weight
             for name, value in step.items():
                 sums = self._sums.get(name) or self._sums.setdefault(name, [0.0, 0.0, 0])
                 if self._beta != 1:
@@ -118,13 +121,8 @@ class Averages(Mapping[str, float]):
 
     def _read(self) -> dict[str, float]:
         if self._current is None:
-            self._sum()
-            self._current = {}
-            for name, (total, weight, nonfinite) in self._sums.items():
-                if weight:
-                    self._current[name] = total / weight
-                if nonfinite:
-                    self._current[f"{name}.nonfinite"] = nonfinite
+            sums = self.sums().items()
+            self._current = {name: total / weight for name, (total, weight) in sums}
         return self._current
 
     def __getitem__(self, name: str) -> float:

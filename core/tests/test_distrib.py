@@ -80,6 +80,11 @@ def _collectives() -> dict[str, Any]:
     received = distrib.broadcast_object(obj, src=1)
     model = nn.Linear(3, 3)
     distrib.broadcast_model(model)
+    average = averager()
+    for correct, of_cats in [(5, 5), (0, 1)][rank : rank + 1]:
+        average({"loss": float(rank)}, weight=8)
+        average({"acc_of_cats": correct / of_cats}, weight=of_cats)
+    average({"loss": float("nan")} if rank else {}, weight=8)
     return {
         "total": total.item(),
         "mean": [mean[0].tolist(), mean[1].item(), mean[2].item()],
@@ -95,6 +100,8 @@ def _collectives() -> dict[str, Any]:
         ),
         "one": distrib.average_metrics({"x": 2.0} if rank else {}),
         "zero": distrib.average_metrics({"x": float(rank)}, count=rank),
+        "averages": distrib.average_metrics(average),
+        "counted": distrib.average_metrics(average, 3 - 2 * rank),
     }
 
 
@@ -114,6 +121,8 @@ def test_collectives_on_two_ranks() -> None:
         assert result["metrics"] == {"a": 16777217.0, "b": 2 / 3}
         assert result["one"] == {"x": 2.0}
         assert result["zero"] == {"x": 1.0}
+        assert result["averages"] == {"loss": 0.5, "acc_of_cats": 5 / 6, "loss.nonfinite": 1.0}
+        assert result["counted"] == {"loss": 0.25, "acc_of_cats": 0.75, "loss.nonfinite": 1.0}
     assert (zero["mean"][1], one["mean"][1]) == (0, 1)
     assert (zero["own"], one["own"]) == (False, True)
 

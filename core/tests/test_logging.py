@@ -299,7 +299,7 @@ def test_no_step_waits_for_the_device(caplog: pytest.LogCaptureFixture) -> None:
         bar.update(found)
         Unread.readable = step == 599  # a line follows
     assert found == {"x": 1.0, "step": 299.5}
-    assert found.weight == 1200
+    assert found.sums() == {"x": (1200, 1200), "step": (359400, 1200)}
     assert "x 1.000" in caplog.text
 
 

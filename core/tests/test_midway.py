@@ -95,7 +95,7 @@ class Solver(BaseSolver):
             self.seen.append(position)
             if position in self.stop_at:
                 os.kill(os.getpid(), signal.SIGUSR1)
-        return distrib.average_metrics(average, average.weight)
+        return distrib.average_metrics(average)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -84,7 +84,7 @@ class Solver(BaseSolver):
             self.update()
             average({"loss": loss}, len(labels))
             self.see(numbers.tolist())
-        return distrib.average_metrics(average, average.weight)
+        return distrib.average_metrics(average)
 
     def see(self, numbers: list[int]) -> None:
         position = self.epoch, self.steps["train"]

@@ -73,7 +73,7 @@ class Solver(BaseSolver):
             batches.update(average(step, weight=len(real)))
             self.log_step(step, every=self.cfg.log_every)
         self.check_finite(average, "loss", "adversary_loss")
-        return distrib.average_metrics(average, average.weight)
+        return distrib.average_metrics(average)
 
     def run_step(self, real: Tensor) -> dict[str, Tensor]:
         """Train both on one batch of real images, `[B, 1, 8, 8]`."""

@@ -107,7 +107,7 @@ class Solver(BaseSolver):
             if self.model.training:
                 self.log_step(step, every=self.cfg.log_every)
         self.check_finite(average, "loss")
-        return distrib.average_metrics(average, average.weight)
+        return distrib.average_metrics(average)
 
     def run_step(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
         """One batch, `[B, C, H, W]` and `[B]`; its metrics stay on the device, unawaited."""

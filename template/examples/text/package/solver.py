@@ -101,7 +101,7 @@ class Solver(BaseSolver):
             if self.model.training:
                 self.log_step(step, every=self.cfg.log_every)
         self.check_finite(average, "loss")
-        return distrib.average_metrics(average, average.weight)
+        return distrib.average_metrics(average)
 
     def run_step(self, stretches: Tensor) -> dict[str, Any]:
         """One batch, `[B, T + 1]`; its metrics stay on the device, unawaited."""
