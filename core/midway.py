@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from .rng import get_rng_state, set_rng_state
 from .state import StateDict
 from .utils import Averages, UserError, length
 from .xp import Preempted
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -166,6 +169,8 @@ class Midway:
                 stage.step += 1
                 if stage.step != last and preemption.should_stop(where, stage.step):
                     _stop(stage)
+            if not stage.step:
+                logger.warning("Stage %s looped over no data", name)
         finally:
             self._depth -= 1
             if not stage.rng_now:  # else this rank stays where it stopped, until all are there

@@ -174,8 +174,9 @@ class StateManager:
             if strict:
                 raise UserError(
                     f"the checkpoint does not fit this code and config: {'; '.join(problems)}. Go "
-                    "back to those that it was made with; or start anew (`dora run --clear`, or "
-                    "another value in the config); or load what fits, by restore(strict=False)"
+                    "back to those that it was made with; or load what fits, by strict=False in "
+                    "`restore` or `continue_from`; or start anew, by `dora run --clear` or another "
+                    "value in the config"
                 )
             logger.warning("Skipped, for it differs in the checkpoint: %s", "; ".join(problems))
         for name, value in usable.items():

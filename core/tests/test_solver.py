@@ -258,9 +258,8 @@ def test_a_run_continues_from_another(tmp_path: Path, caplog: pytest.LogCaptureF
     with pytest.raises(UserError, match=r"no ema optim in it, which has latest \(.*model"):
         new.continue_from("old", ["optim"], version="ema")
     wider = Kept(tmp_path / "xps" / "wider", width=9)
-    with pytest.raises(
-        RuntimeError, match=r"model\.0\.weight: \(8, 4\) in the checkpoint, \(9, 4\)"
-    ):
+    said = r"^continue from .*: the checkpoint does not fit .*model\.0\.weight: \(8, 4\) in the "
+    with pytest.raises(UserError, match=said):
         wider.continue_from("old")
     wider.continue_from("old", strict=False)
     assert "Skipped" in caplog.text
@@ -386,6 +385,18 @@ def test_a_stage_that_forgets_to_return_is_said(
     assert "return" not in caplog.text
     solver.run_stage("train", forgetful)
     assert "Stage train averaged metrics but returned none: is a return missing?" in caplog.text
+
+
+def test_a_loop_over_nothing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    solver = Solver(tmp_path)
+
+    def stage(size: int) -> None:
+        assert len(list(solver.log_progress("valid", range(size)))) == size
+
+    solver.run_stage("one", stage, 1)
+    assert "no data" not in caplog.text
+    solver.run_stage("none", stage, 0)
+    assert "Stage none looped over no data" in caplog.text
 
 
 def test_a_metric_that_is_no_number_stops_the_stage(tmp_path: Path) -> None:
