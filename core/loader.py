@@ -12,8 +12,10 @@ import logging
 import multiprocessing
 import os
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
+from types import FrameType
 from typing import Any, cast
 
 import numpy as np
@@ -30,6 +32,7 @@ from torch.utils.data import (
 from . import distrib
 from .rng import derive_seed
 from .utils import UserError
+from .xp import SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +101,7 @@ def loader(
         kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples)
     # A generator of its own keeps the loader from drawing on the global one.
     kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
-    return klass(dataset, *args, worker_init_fn=_SeedWorker(seed, worker_init_fn), **kwargs)
+    return klass(dataset, *args, worker_init_fn=_WorkerStart(seed, worker_init_fn), **kwargs)
 
 
 def _check(
@@ -221,8 +224,8 @@ class _IterableShard(IterableDataset[Any]):
         return itertools.islice(iter(self.dataset), start, None, step)
 
 
-class _SeedWorker:
-    """Seed Python, NumPy and torch in a worker by (seed, epoch, rank, worker).
+class _WorkerStart:
+    """What a worker does first: it seeds Python, NumPy and torch by (seed, epoch, rank, worker).
 
     And before each batch again, by its first example: so what is drawn for a batch does not depend
     on those before, which a run that resumes within an epoch never loads.
@@ -241,6 +244,8 @@ class _SeedWorker:
         if parent is not None and parent.pid != os.getppid():
             # It was killed meanwhile, and PyTorch would look out for its death too late.
             os._exit(1)
+        for number in SIGNALS:
+            signal.signal(number, _ignore_once)
         epoch = _epoch if self.epoch is None else self.epoch
         _seed(self.seed, epoch, self.rank, worker)
         info = get_worker_info()
@@ -255,6 +260,15 @@ class _SeedWorker:
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that is spawned, not forked, knows nothing of our epoch: send it along.
         return type(self), (self.seed, self.then, _epoch)
+
+
+def _ignore_once(number: int, frame: FrameType | None) -> None:
+    """Leave a request to stop to the run: until it has, it needs its data.
+
+    Slurm, a sweep and others ask all of a run's processes. PyTorch ends a worker that hangs by
+    asking twice.
+    """
+    signal.signal(number, signal.SIG_DFL)
 
 
 class _SeededBatches:

@@ -17,10 +17,8 @@ from types import FrameType
 from typing import Any
 
 from . import process_group
+from .xp import SIGNALS
 
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-]
 # Seconds in which another signal counts as the same request: a rank in a collective notices late.
 REPEAT = 10.0
 POLL = 0.5  # seconds between checks whether another rank got a signal

@@ -23,12 +23,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from .utils import UserError
-from .xp import rendezvous_file
+from .xp import GRACE, rendezvous_file
 
 logger = logging.getLogger(__name__)
-
-# Seconds in which a process whose launcher is gone must have saved.
-GRACE = 60.0
 
 _store: Store | None = None  # entries of each rank, outside of all collectives
 _broken = False  # a collective failed, and may never end

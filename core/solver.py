@@ -268,7 +268,10 @@ class BaseSolver:
             raise UserError(
                 f"continue from {path}: no {version} {', '.join(absent)} in it, which has {there}"
             )
-        self.stateful.subset(names).load_state_dict({n: found[n] for n in names}, strict)
+        try:
+            self.stateful.subset(names).load_state_dict({n: found[n] for n in names}, strict)
+        except UserError as error:
+            raise UserError(f"continue from {path}: {error}") from None
         self.logger.info("Continue from %s of %s: %s", version, path, ", ".join(names))
 
     def replay_history(self) -> None:

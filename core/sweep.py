@@ -29,10 +29,9 @@ from .ansi import plain_text
 from .lock import RunLock
 from .plain import to_plain
 from .utils import UserError, write_and_rename
-from .xp import Grid, config_changes
+from .xp import GRACE, Grid, config_changes
 
 TAIL = 15  # lines of the log of a run that failed
-GRACE = 60.0  # seconds for runs to stop in, once that is asked
 
 
 class Worker:

@@ -18,10 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, NoReturn, Protocol, cast
 
 from . import config
@@ -30,6 +30,12 @@ from .plain import to_plain
 from .utils import UserError, flatten
 
 logger = logging.getLogger(__name__)
+
+# They ask a run to stop.
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
+GRACE = 60.0  # seconds in which a process that was asked to stop must have saved
 
 
 class XP(Protocol):
@@ -265,6 +271,7 @@ def _run_main(main: Callable[[Any], Any]) -> Any:
 def _patch_dora() -> None:
     """Work around what fails in Dora 0.1.13; a test tells when it no longer does."""
     from dora import git_save
+    from dora.executor import ChildrenManager
     from dora.shep import Shepherd
 
     # It asks who is logged in at the terminal, but a job has none.
@@ -289,9 +296,39 @@ def _patch_dora() -> None:
         with _explain_write_error():
             start(*args, **kwargs)
 
+    # The launcher of several processes ends while they save.
+    leave: Any = ChildrenManager.__exit__
+
+    @functools.wraps(leave)
+    def leave_together(self: Any, *error: Any) -> None:
+        with _asking_to_stop([*self.children]):
+            leave(self, *error)
+
     if not hasattr(assign, "__wrapped__"):
+        ChildrenManager.__exit__ = leave_together  # type: ignore[method-assign]
         git_save.assign_clone = assign_clone
         Shepherd.__init__ = init  # type: ignore[method-assign]
+
+
+@contextmanager
+def _asking_to_stop(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Pass signals on to processes, wait for these at the end, and exit if there was a signal."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for process in processes:
+            process.send_signal(number)
+
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
+    yield
+    deadline = time.monotonic() + GRACE
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(max(0.0, deadline - time.monotonic()))
+    if received:
+        raise SystemExit(130)
 
 
 @contextmanager

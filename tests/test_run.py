@@ -136,6 +136,25 @@ def test_two_commands_do_not_train_one_run(project: Path) -> None:
     finish(first, code=130)
 
 
+def test_all_processes_of_a_run_are_asked_to_stop(project: Path) -> None:
+    options = ["-d", "--ddp_workers=2", "trackers=[]", "device=cpu", "epochs=99"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dora", "run", *options, "data.num_workers=1"],
+        cwd=project,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list(project.glob("outputs/xps/*/history.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)  # the launcher, two ranks and their loaders' workers
+    process.wait(60)
+    [log] = project.glob("outputs/xps/*/solver.log.0")
+    assert "saved. The same command resumes" in log.read_text()
+    assert "Traceback" not in finish(process, 130)
+
+
 def test_an_error_on_another_rank_is_shown_and_ends_the_run(project: Path) -> None:
     solver = project / "my_research" / "solver.py"
     fails = 'if distrib.rank() == 1 and self.epoch == 2:\n            raise ValueError("mine")\n'

@@ -83,7 +83,7 @@ def test_a_sweep_is_stopped_resumed_and_then_left_alone(project: Path) -> None:
     assert "The same command resumes" in said
     assert not re.search(r"\x1b|Traceback", said)
     logs = [path.read_text() for path in project.glob("outputs/xps/*/solver.log.0")]
-    assert any("Stopped by SIGTERM after" in log for log in logs)
+    assert all("Stopped by SIGTERM after" in log for log in logs)
     assert started(project) == 2
 
     sweep = start(project, "three", "--workers", "2")

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .. import distrib, loader
 from ..utils import UserError
+from ..xp import SIGNALS
 
 
 class Numbers(Dataset[int]):
@@ -143,6 +144,21 @@ def test_workers_are_seeded(context: str) -> None:
     assert len(first.unique()) == first.numel()
 
 
+class Asked(Numbers):
+    """Its worker is asked to stop, as Slurm asks all processes of a job."""
+
+    def __getitem__(self, index: int) -> int:
+        for number in SIGNALS if index == 0 else []:
+            os.kill(os.getpid(), number)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_leave_a_request_to_stop_to_the_run(context: str) -> None:
+    made = loader.loader(Asked(6), 2, num_workers=1, multiprocessing_context=context)
+    assert torch.cat(list(made)).tolist() == list(range(6))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_iterable_datasets_are_dealt_out(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
@@ -191,11 +207,11 @@ def test_a_worker_whose_parent_was_killed_while_forking_ends(tmp_path: Path) -> 
     module = __package__.rpartition(".")[0] + ".loader"
     code = f"""
 import multiprocessing, os, pathlib, sys, time
-from {module} import _SeedWorker
+from {module} import _WorkerStart
 def work():
     pathlib.Path("pid").write_text(str(os.getpid()))
     time.sleep(1)
-    _SeedWorker(0, None)(0)
+    _WorkerStart(0, None)(0)
     pathlib.Path("alive").touch()
     time.sleep(60)
 multiprocessing.get_context("fork").Process(target=work).start()
