@@ -33,7 +33,7 @@ GRIDS = {
     launcher({"optim.lr": 3e-3})
 """,
     "long": """
-    launcher({"epochs": 12, "seed": 6})
+    launcher({"epochs": 12, "seed": 6, "data.num_workers": 1})
 """,
     "limited": """
     launcher.slurm_(time=2)
@@ -170,7 +170,7 @@ class Reference:
 
 def test_preempted_requeued_and_out_of_time_no_step_is_lost(lab: Lab) -> None:
     preempted = ("-g", "2", "epochs=40", "seed=4")
-    requeued = ("epochs=40", "seed=5")
+    requeued = ("epochs=40", "seed=5", "data.num_workers=1")
     out_of_time = ("epochs=110", "seed=3")
     folders = [lab.folder(*preempted[2:]), lab.folder(*requeued), lab.folder(*out_of_time)]
     said = lab.dora("grid", "limited", "--no_monitoring")
@@ -195,7 +195,7 @@ def test_preempted_requeued_and_out_of_time_no_step_is_lost(lab: Lab) -> None:
 
 
 def test_a_cancelled_job_stays_cancelled_and_can_go_on(lab: Lab) -> None:
-    overrides = ("epochs=12", "seed=6")
+    overrides = ("epochs=12", "seed=6", "data.num_workers=1")
     said = lab.dora("grid", "long", "--no_monitoring")
     [job] = re.findall(r"Scheduled job (\d+)", said)
     folder = lab.folder(*overrides)
