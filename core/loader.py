@@ -36,13 +36,23 @@ from .xp import SIGNALS
 
 logger = logging.getLogger(__name__)
 
+Place = tuple[int, ...]
+
 _epoch = 0
+_place: Callable[[], Place] = tuple
 
 
-def set_epoch(epoch: int) -> None:
-    """Announce the epoch to all loaders; takes effect when one is iterated from the start."""
-    global _epoch
-    _epoch = epoch
+def set_epoch(epoch: int, place: Callable[[], Place] = tuple) -> None:
+    """Announce the epoch to all loaders; takes effect when one is iterated from the start.
+
+    Args:
+        epoch: that begins, or goes on.
+        place: tells where in the epoch the run is. A loader that is iterated at another place than
+            the first gives another order, whatever was iterated before: a run that resumes there
+            may have skipped that.
+    """
+    global _epoch, _place
+    _epoch, _place = epoch, place
 
 
 def split_batch(batch_size: int) -> int:
@@ -132,7 +142,7 @@ def _check(
 class EpochSampler(Sampler[int]):
     """This rank's indices, in an order that is a function of the seed and the epoch.
 
-    Iterated again within an epoch, it gives another order.
+    Iterated again within an epoch, or at another place in it, it gives another order.
 
     Args:
         dataset: anything with a length.
@@ -150,41 +160,39 @@ class EpochSampler(Sampler[int]):
         self.shuffle = shuffle
         self.seed = seed
         self.examples = examples
-        self._last = (-1, -1)  # epoch, number of the pass in it
+        self._last: tuple[Place, int] = ((), -1)  # epoch and place, number of the pass there
         self._skip = 0
 
-    @property
-    def passes(self) -> int:
-        """How many times it was iterated in this epoch."""
-        epoch, number = self._last
-        return number + 1 if epoch == _epoch else 0
-
-    def resume_at(self, passes: int, skip: int) -> None:
-        """Make the next pass the one after `passes`, without this rank's first `skip` examples."""
-        self._last, self._skip = (_epoch, passes - 1), skip
+    def skip(self, examples: int) -> None:
+        """Leave out the first so many examples of this rank in the next pass."""
+        self._skip = examples
 
     def __len__(self) -> int:
         ranks, size = distrib.world_size(), self.examples or len(self.dataset)
         return -(-size // ranks) if self.shuffle else len(range(distrib.rank(), size, ranks))
 
     def __iter__(self) -> Iterator[int]:
-        self._last = _epoch, self.passes
-        order = self._window(*self._last) if self.examples else self._full_pass(*self._last)
+        place = _place()
+        before, number = self._last
+        number = number + 1 if before == (_epoch, *place) else 0
+        self._last = (_epoch, *place), number
+        salt = (number, *(place if any(place) else ()))
+        order = self._window(_epoch, salt) if self.examples else self._full_pass(_epoch, salt)
         skipped, self._skip = self._skip, 0
         ranks = distrib.world_size()
         yield from itertools.islice(order, distrib.rank() + skipped * ranks, None, ranks)
 
-    def _full_pass(self, epoch: int, passes: int) -> Iterable[int]:
+    def _full_pass(self, epoch: int, salt: tuple[int, ...]) -> Iterable[int]:
         """All examples; when shuffling, some again so that the ranks' shares are equal."""
-        order = self._order(epoch, passes)
+        order = self._order(epoch, salt)
         padded = len(self) * distrib.world_size() if self.shuffle else len(order)
         return itertools.islice(itertools.cycle(order), padded)
 
-    def _window(self, epoch: int, passes: int) -> Iterable[int]:
+    def _window(self, epoch: int, salt: tuple[int, ...]) -> Iterable[int]:
         """The epoch's window on an endless sequence of shuffled datasets."""
         size, examples = len(self.dataset), self.examples or 0
         number, skipped = divmod(epoch * examples, size)
-        orders = (self._order(n, passes) for n in itertools.count(number))
+        orders = (self._order(n, salt) for n in itertools.count(number))
         return itertools.islice(itertools.chain.from_iterable(orders), skipped, skipped + examples)
 
     def order(self, generator: torch.Generator) -> list[int]:
@@ -198,8 +206,8 @@ class EpochSampler(Sampler[int]):
         order: list[int] = torch.randperm(size, generator=generator).tolist()
         return order
 
-    def _order(self, number: int, passes: int) -> list[int]:
-        seed = derive_seed(self.seed, number, passes)
+    def _order(self, number: int, salt: tuple[int, ...]) -> list[int]:
+        seed = derive_seed(self.seed, number, *salt)
         order = self.order(torch.Generator().manual_seed(seed))
         if len(order) != (size := len(self.dataset)):
             name = type(self).__name__

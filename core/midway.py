@@ -50,9 +50,10 @@ class _Stage:
     begun: float  # in seconds, on the monotonic clock
     rng_at_start: StateDict
     loop: int = -1  # number of the loop that is running, or ended last
+    ended: int = 0  # loops
     step: int = 0  # of that loop, done
+    in_step: bool = False
     rng_at_loop: StateDict = field(default_factory=dict)  # at the loop's begin
-    passes: int = 0  # of its sampler, before it
     rng_now: StateDict = field(default_factory=dict)  # generators, as it was interrupted
     averages: list[Averages] = field(default_factory=list)
 
@@ -115,6 +116,16 @@ class Midway:
         """Forget the stage that was running, be it done or not."""
         self._stage = self._saved = None
 
+    def place(self) -> tuple[int, ...]:
+        """Stage, loop and step that are running or are next, from 0, for the order of data.
+
+        A loop begins, and gets its data, at step 0; the body of its first step is step 1.
+        """
+        if self._stage is None:
+            return ()
+        step = self._stage.step + 1 if self._stage.in_step else 0
+        return len(self._done), self._stage.ended, step
+
     @property
     def _mine(self) -> StateDict:
         """What this rank saved of the interrupted stage; empty if none was."""
@@ -126,7 +137,7 @@ class Midway:
     def averager(self, beta: float) -> Averages:
         """Averages that are part of the state until the stage ends."""
         averages = Averages(beta)
-        if self._stage is not None:
+        if self._stage is not None and not self._depth:  # else it is a step's own
             number = len(self._stage.averages)
             if number < len(saved := self._mine.get("averages", ())):
                 averages.load_state_dict(saved[number])
@@ -154,6 +165,7 @@ class Midway:
         before = self.steps_before()
         stage.loop += 1
         if self._saved is not None and stage.loop < self._saved["loop"]:
+            stage.ended += 1
             return
         self._depth += 1
         last = length(iterable)
@@ -165,7 +177,9 @@ class Midway:
                 _stop(stage)
             for item in iterator:
                 steps[name] += 1
+                stage.in_step = True
                 yield item
+                stage.in_step = False
                 stage.step += 1
                 if stage.step != last and preemption.should_stop(where, stage.step):
                     _stop(stage)
@@ -173,6 +187,7 @@ class Midway:
                 logger.warning("Stage %s looped over no data", name)
         finally:
             self._depth -= 1
+            stage.ended, stage.in_step = stage.ended + 1, False
             if not stage.rng_now:  # else this rank stays where it stopped, until all are there
                 preemption.mark_passed((self._epoch, len(self._done), stage.loop, preemption.LAST))
 
@@ -184,8 +199,7 @@ class Midway:
             set_rng_state(saved["rng_at_loop"])
         stage.step, stage.rng_at_loop = before, get_rng_state()
         if isinstance(sampler, EpochSampler):
-            stage.passes = saved["passes"] if saved else sampler.passes
-            sampler.resume_at(stage.passes, before * (getattr(iterable, "batch_size", None) or 1))
+            sampler.skip(before * (getattr(iterable, "batch_size", None) or 1))
         iterator = iter(iterable)
         if not isinstance(sampler, EpochSampler):
             for _ in range(before):
@@ -215,7 +229,6 @@ class Midway:
                 "rng_at_start": stage.rng_at_start,
                 "rng_at_loop": stage.rng_at_loop,
                 "rng_now": stage.rng_now,
-                "passes": stage.passes,
                 "averages": [average.state_dict() for average in stage.averages],
             }
             running = {

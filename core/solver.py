@@ -392,7 +392,7 @@ class BaseSolver:
                 "Stage %s runs again in epoch %d: is self.commit() missing?", stage_name, self.epoch
             )
         self._current_stage = stage_name
-        loader.set_epoch(self.epoch)
+        loader.set_epoch(self.epoch, self._midway.place)
         try:
             begin = self._start_stage()
             metrics = self._check_metrics(method(*args, **kwargs))

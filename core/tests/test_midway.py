@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,65 @@ def test_after_the_last_step_the_stage_ends_before_the_stop(tmp_path: Path) -> N
     assert [row.get("step", "summary") for row in rows] == [*range(1, 12), "summary"]
     solver_of(tmp_path / "stopped").run()
     assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+class Again(BaseSolver):
+    """Goes several times over the same shuffled data in an epoch, in all ways there are."""
+
+    def __init__(self, folder: Path, stop_at: int = -1, workers: int = 0) -> None:
+        super().__init__(folder)
+        self.x, self.y = (
+            loader(range(8), 2, shuffle=True, seed=seed, num_workers=workers)  # type: ignore[arg-type]
+            for seed in range(2)
+        )
+        self.stop_at = stop_at
+        self.seen: list[tuple[int, list[int]]] = []
+        self.steps["all"] = 0
+
+    def run(self) -> None:
+        self.restore()
+        while self.epoch == 1:
+            self.run_stage("first", self.loop, self.x)
+            self.run_stage("twice", self.twice)
+            self.run_stage("last", self.loop, self.x)
+            self.commit()
+
+    def see(self, batch: torch.Tensor) -> None:
+        self.seen.append((self.steps["all"], batch.tolist()))
+        if self.steps["all"] == self.stop_at:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        self.steps["all"] += 1
+
+    def loop(self, data: Any) -> Any:
+        average = self.averager()
+        for batch in self.log_progress(self.current_stage, data):
+            self.see(batch)
+            average({"mean": batch.float().mean()})
+        return average
+
+    def twice(self) -> Any:
+        average = self.averager()
+        for index, batch in self.log_progress("twice", enumerate(self.y)):
+            self.see(torch.cat([batch, next(iter(self.x))]))  # and others, within a step
+            average(self.averager()({"index": index}))  # the latter is the step's own
+        return {**average, "y": self.loop(itertools.chain(self.y, self.x))["mean"]}
+
+
+def test_data_that_come_again_in_an_epoch_come_in_the_same_order(tmp_path: Path) -> None:
+    whole = Again(tmp_path / "whole")
+    whole.run()
+    with_workers = Again(tmp_path / "workers", workers=1)
+    with_workers.run()
+    assert whole.seen == with_workers.seen
+    assert len({str(batch) for _, batch in whole.seen}) > 15
+    for stop_at in range(len(whole.seen)):
+        stopped = Again(tmp_path / str(stop_at), stop_at)
+        with suppress(Preempted):
+            stopped.run()
+        resumed = Again(tmp_path / str(stop_at))
+        resumed.run()
+        assert stopped.seen + resumed.seen == whole.seen
+        assert history(tmp_path / str(stop_at)) == history(tmp_path / "whole")
 
 
 class Loops(BaseSolver):
