@@ -37,6 +37,8 @@ class Writer:
         sources: list[torch.Tensor] = []  # alive until all are copied, or two may share an address
 
         def copy(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.layout != torch.strided:  # such as a sparse one
+                return tensor.detach().to("cpu", copy=True)
             sources.append(tensor)
             # Tied tensors stay tied; a view does not drag along all of its storage.
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)

@@ -6,6 +6,7 @@ what a run saved within an epoch after it, because it was asked to stop.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -168,8 +169,8 @@ def _keep_previous(path: Path, epoch: int) -> None:
 
 def _set_aside(path: Path) -> Path:
     """Rename a damaged file, so that it is neither read again nor overwritten."""
-    number = 1 + len(_siblings(path, "damaged-*"))
-    return path.rename(path.with_name(f"{path.stem}.damaged-{number}{path.suffix}"))
+    names = (f"{path.stem}.damaged-{number}{path.suffix}" for number in itertools.count(1))
+    return path.rename(next(new for name in names if not (new := path.with_name(name)).exists()))
 
 
 def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy) -> None:

@@ -24,7 +24,7 @@ def changes(saved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, st
         for key in sorted(then.keys() | now.keys())
         if repr(then.get(key)) != repr(now.get(key))
         and then.get(key) != now.get(key)
-        and not key.startswith(("dora.", "slurm."))
+        and not is_without_effect(key)
     }
 
 

@@ -98,11 +98,13 @@ def loader(
         worker_init_fn: called in each worker after it is seeded.
         kwargs: keyword arguments of `klass`.
     """
-    _check(dataset, shuffle, sampler, updates_per_epoch, limit, kwargs)
+    batch_size = kwargs.get("batch_size", args[0] if args else 1)
+    given = kwargs | {"batch_size": batch_size}
+    _check(dataset, shuffle, sampler, updates_per_epoch, limit, given)
     if isinstance(dataset, IterableDataset):
         dataset = _IterableShard(dataset)
     else:
-        batch = (kwargs.get("batch_size", args[0] if args else 1) or 1) * distrib.world_size()
+        batch = (batch_size or 1) * distrib.world_size()
         if limit:
             size = len(cast(Sized, dataset))
             dataset = Subset(dataset, range(min(limit * batch, size)))
@@ -135,8 +137,13 @@ def _check(
             "loader: an iterable dataset has an order and an end of its own; shuffle=, sampler=, "
             "limit= and updates_per_epoch= are for those with a length"
         )
-    if arguments.get("persistent_workers"):
-        logger.warning("persistent_workers: random numbers of workers will differ after a resume")
+    one_by_one = arguments["batch_size"] is None and arguments.get("num_workers")
+    for option, is_on in {
+        "persistent_workers": arguments.get("persistent_workers"),
+        "batch_size=None": one_by_one and not isinstance(dataset, IterableDataset),
+    }.items():
+        if is_on:
+            logger.warning("%s: random numbers of workers will differ after a resume", option)
 
 
 class EpochSampler(Sampler[int]):

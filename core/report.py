@@ -45,6 +45,11 @@ ABSENT = "-"
 Curve = dict[float, float]  # by epoch or by step
 
 
+def _is_number(value: object) -> bool:
+    """Can it be a point of a curve?"""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)
+
+
 @dataclass
 class Run:
     """What is known of a run from its folder."""
@@ -64,7 +69,7 @@ class Run:
             for line in path.read_text().splitlines() if path.exists() else []:
                 with suppress(json.JSONDecodeError):  # torn by a kill, or being written
                     run._add_step(json.loads(line))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise UserError(f"{path} can't be read: {error}; move the run away") from error
         return run
 
@@ -72,7 +77,8 @@ class Run:
         stage, step, _ = row.pop("stage"), row.pop("step", None), row.pop("epoch")
         if step is not None:
             for name, value in row.items():
-                self.steps.setdefault(f"{stage}.{name}", {})[step] = value
+                if _is_number(value):
+                    self.steps.setdefault(f"{stage}.{name}", {})[step] = value
 
     @property
     def sig(self) -> str:
@@ -103,7 +109,7 @@ class Run:
         for epoch, stages in enumerate(self.history, 1):
             for stage, metrics in stages.items():
                 for name, value in metrics.items():
-                    if isinstance(value, (int, float)):
+                    if _is_number(value):
                         curves.setdefault(f"{stage}.{name}", {})[epoch] = value
         return curves
 

@@ -26,7 +26,7 @@ from .results import ResultLogger, to_numbers
 from .rng import RNGState
 from .state import AttributeWrapper, StateDict, StateManager, unregistered
 from .utils import Averages, UserError
-from .weights import summary
+from .weights import summary, versions
 from .xp import XP, FolderXP, Preempted, config_changes, get_xp, resume_command
 
 T = TypeVar("T")
@@ -259,10 +259,8 @@ class BaseSolver:
                 f"continue from {source}: there is no {' nor '.join(map(str, tried))}; give the "
                 "signature or the folder of a run, or a checkpoint file"
             )
-        state = checkpoint.load(path, read_only=True) or {}
-        kept = {"latest": state, "ema": state.get("ema")}
-        kept["best"] = state.get("best", {}).get("states")
-        found = kept.get(version) or {}
+        kept = versions(checkpoint.load(path, read_only=True) or {})
+        found = kept.get(version, {})
         if absent := [name for name in names if name not in found]:
             there = ", ".join(f"{v} ({', '.join(states)})" for v, states in kept.items() if states)
             raise UserError(

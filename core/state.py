@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import deque
 from collections.abc import Iterable, Mapping
+from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .plain import to_plain
 from .utils import UserError
-from .weights import EMA, Best, load_module_state, load_optimizer_state, module_state, reconcile
+from .weights import (
+    EMA,
+    Best,
+    load_module_state,
+    load_optimizer_state,
+    module_state,
+    reconcile,
+    shard_like,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +45,10 @@ class StateDictSource(Protocol):
 class AttributeWrapper:
     """A (dotted) attribute of an object, seen as a source of state.
 
-    An attribute with a `state_dict` of its own is asked for it; lists and dicts are copied out and
-    restored in place; anything else is set. Of a module that is compiled or wrapped for
-    distributed training the original names are kept. The owner is not kept alive.
+    An attribute with a `state_dict` of its own is asked for it; lists, dicts and tensors are copied
+    out and restored in place; anything else is set, as the type that it was. Of a module that is
+    compiled, or wrapped for distributed training, it or a part of it, the original names are kept.
+    The owner is not kept alive.
     """
 
     def __init__(self, owner: Any, name: str) -> None:
@@ -76,8 +90,13 @@ class AttributeWrapper:
             load_optimizer_state(value, state)
         elif isinstance(value, StateDictSource):
             value.load_state_dict(state)
-        elif isinstance(value, list):
-            value[:] = list(state)
+        elif isinstance(value, torch.Tensor) and value.shape == getattr(state, "shape", None):
+            with torch.no_grad():  # an optimizer may know it
+                value.copy_(shard_like(value, state))
+        elif isinstance(value, (list, deque)):
+            items = list(state)
+            value.clear()
+            value.extend(items)
         elif isinstance(value, dict):
             restored = dict(state)
             value.clear()
@@ -86,12 +105,27 @@ class AttributeWrapper:
             raise TypeError(f"{self.name!r} is None here, but has a state: build it before restore")
         else:
             parent, last = self._parent()
-            setattr(parent, last, state)
+            setattr(parent, last, _typed(value, state))
 
     @property
     def follows_weights(self) -> bool:
         """Is the state of no use without the very weights that it was saved with?"""
         return isinstance(self.value, (Optimizer, Best))
+
+
+def _typed(value: Any, state: Any) -> Any:
+    """What a checkpoint made of such a value, as that type again."""
+    if isinstance(value, np.ndarray) and isinstance(state, torch.Tensor):
+        return state.numpy()
+    if isinstance(value, torch.Tensor) and isinstance(state, torch.Tensor):
+        return state.to(value.device)
+    if isinstance(value, Enum):
+        return type(value)[state]
+    if isinstance(value, Path):
+        return type(value)(state)
+    if hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*state)
+    return state
 
 
 def unregistered(owner: Any, manager: StateManager) -> list[str]:
@@ -130,7 +164,9 @@ class StateManager:
         self.sources: dict[str, StateDictSource] = {}
 
     def register(self, name: str, source: StateDictSource, write_only: bool = False) -> None:
-        """Add a source; ValueError if the name is taken."""
+        """Add a source; ValueError if the name is taken or reserved."""
+        if name == "checkpoint":
+            raise ValueError("'checkpoint' is what a checkpoint calls its own entry: rename it")
         if name in self.sources:
             raise ValueError(f"{name!r} is registered as state already: once is enough")
         self.sources[name] = WriteOnlyWrapper(source) if write_only else source

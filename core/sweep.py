@@ -13,6 +13,7 @@ import argparse
 import fcntl
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -135,12 +136,10 @@ class Sweep:
 
     def _is_complete(self, xp: Any) -> bool:
         """Has it ended well, with this config, and was not cleared since?"""
-        marks = xp.folder / "sweep.json", xp.folder / "history.json"
-        done = all(mark.exists() for mark in marks)
-        if done:
-            end, history = (json.loads(mark.read_text()) for mark in marks)
-            changes = config_changes(xp, end.get("config", {}))
-            done = end["epochs"] <= len(history) and not any(changes.values())
+        end = _read(xp.folder / "sweep.json", {"epochs": math.inf})
+        changes = config_changes(xp, end.get("config", {}))
+        history = _read(xp.folder / "history.json", [])
+        done: bool = end["epochs"] <= len(history) and not any(changes.values())
         if done:
             self.grid.states[xp.sig] = "COMPLETED"
         return done
@@ -178,8 +177,7 @@ class Sweep:
             if code:
                 print(f"\nRun {sig} failed, see {worker.log}:\n{worker.tail()}", flush=True)
                 continue
-            path = worker.xp.folder / "history.json"  # none, if there was nothing to do
-            history = json.loads(path.read_text()) if path.exists() else []
+            history = _read(worker.xp.folder / "history.json", [])
             with write_and_rename(worker.xp.folder / "sweep.json", "w") as file:
                 json.dump({"epochs": len(history), "config": to_plain(worker.xp.cfg)}, file)
 
@@ -198,6 +196,14 @@ class Sweep:
         except KeyboardInterrupt:
             for worker in self.running.values():
                 worker.stop(signal.SIGKILL)
+
+
+def _read(path: Path, default: Any) -> Any:
+    """What a JSON file holds; the default if there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return default
 
 
 def main(argv: Iterable[str] | None = None) -> None:

@@ -112,6 +112,8 @@ class Averages(Mapping[str, float]):
                 if self._beta != 1:
                     sums[0] *= self._beta
                     sums[1] *= self._beta
+                if not weight:
+                    continue  # a mean over nothing, which is NaN
                 if math.isfinite(value):
                     sums[0] += value * weight
                     sums[1] += weight

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
+from contextlib import contextmanager, suppress
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -21,17 +22,16 @@ from .utils import UserError
 
 def module_state(module: nn.Module) -> dict[str, Any]:
     """The state of a module, with the names it has when neither compiled nor distributed."""
-    return _renamed(_unwrap(module).state_dict(), _original_name)
+    return _renamed(module.state_dict(), _original_names(module))
 
 
 def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Give a module, compiled or distributed or not, what `module_state` gave."""
-    module = _unwrap(module)
-    own = module.state_dict()
-    names = {_original_name(n): n for n in (*getattr(own, "_metadata", {}), *own)}
+    own, original = module.state_dict(), _original_names(module)
+    names = {original(n): n for n in (*getattr(own, "_metadata", {}), *own)}
     state = _renamed(state, lambda name: names.get(name, name))
     for name in own.keys() & state.keys():
-        state[name] = _shard_like(own[name], state[name])
+        state[name] = shard_like(own[name], state[name])
     module.load_state_dict(state)
 
 
@@ -39,13 +39,13 @@ def load_optimizer_state(optim: torch.optim.Optimizer, state: Mapping[str, Any])
     """Give an optimizer its state, sharded across ranks where its parameters are."""
     params = [p for group in optim.param_groups for p in group["params"]]
     sharded = {
-        i: {k: _shard_like(params[i], v) for k, v in about.items()} if i < len(params) else about
+        i: {k: shard_like(params[i], v) for k, v in about.items()} if i < len(params) else about
         for i, about in state["state"].items()
     }
     optim.load_state_dict({**state, "state": sharded})
 
 
-def _shard_like(own: Any, whole: Any) -> Any:
+def shard_like(own: Any, whole: Any) -> Any:
     """A whole tensor, sharded across ranks as `own` is; a model under `fully_shard` has such."""
     if not hasattr(own, "placements") or _shape(own) != _shape(whole):
         return whole
@@ -56,17 +56,23 @@ def _shard_like(own: Any, whole: Any) -> Any:
     return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
 
 
-def _unwrap(module: nn.Module) -> nn.Module:
-    """The module inside of DistributedDataParallel; any other as it is."""
-    if isinstance(module, nn.parallel.DistributedDataParallel):
-        wrapped: nn.Module = module.module
-        return wrapped
-    return module
+def _original_names(module: nn.Module) -> Callable[[str], str]:
+    """What gives a name in the state of a module without what compiling or distributing it adds."""
+    ddp = nn.parallel.DistributedDataParallel
+    added = {
+        f"{name}.module"
+        for name, part in module.named_modules(remove_duplicate=False)
+        if isinstance(part, ddp)
+    }
+    added = {path.removeprefix(".") for path in added}  # the outermost has no name
 
+    def original(name: str) -> str:
+        parts = name.split(".")
+        paths = itertools.accumulate(parts, "{}.{}".format)
+        there = zip(parts, paths, strict=True)
+        return ".".join(p for p, path in there if p != "_orig_mod" and path not in added)
 
-def _original_name(name: str) -> str:
-    """Name of a parameter without what `torch.compile` adds."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return original
 
 
 def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
@@ -85,23 +91,25 @@ def summary(value: Any) -> str:
     """
     if not isinstance(value, nn.Module):
         return ""
-    count = sum(p.numel() for p in value.parameters())
-    trained = sum(p.numel() for p in value.parameters() if p.requires_grad)
+    known = [p for p in value.parameters() if not is_lazy(p)]
+    count = sum(p.numel() for p in known)
+    trained = sum(p.numel() for p in known if p.requires_grad)
     some = "" if trained == count else f", {trained:,} of them trained"
     checksum, size = 0, 0
-    for tensor in to_plain(module_state(value), copy=lambda t: t.detach().cpu()).values():
-        if isinstance(tensor, torch.Tensor):
-            size += tensor.nbytes
-            data = tensor.contiguous().view(-1).view(torch.uint8)
+    for tensor in to_plain(module_state(value)).values():
+        if _shape(tensor) is not None and tensor.layout == torch.strided:
+            data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            size += data.nbytes
             checksum = zlib.crc32(data.numpy().tobytes(), checksum)
+    kind = value.module if isinstance(value, nn.parallel.DistributedDataParallel) else value
     return (
-        f"{type(_unwrap(value)).__name__}, {count:,} parameters{some}, {size / 2**20:.1f} MiB, "
+        f"{type(kind).__name__}, {count:,} parameters{some}, {size / 2**20:.1f} MiB, "
         f"weights {checksum:08x}"
     )
 
 
 def reconcile(value: Any, state: Any, name: str) -> tuple[Any, list[str]]:
-    """The part of a state that can be loaded, and by name what can't; only weights are compared.
+    """The part of a state that can be loaded, and by name what can't: weights and parameter groups.
 
     Args:
         value: what the state is for.
@@ -110,6 +118,16 @@ def reconcile(value: Any, state: Any, name: str) -> tuple[Any, list[str]]:
     """
     if isinstance(value, nn.Module):
         return _fit(module_state(value), state, name)
+    if isinstance(value, nn.Parameter):
+        shapes = _other_shape(value, state)
+        return (value, [f"{name}: {shapes}"]) if shapes else (state, [])
+    if isinstance(value, torch.optim.Optimizer):
+        then, now = (
+            [len(group["params"]) for group in groups]
+            for groups in (state["param_groups"], value.param_groups)
+        )
+        groups = f"{name}: groups of {then} parameters in the checkpoint, of {now} here"
+        return state, [groups] if then != now else []
     if isinstance(value, EMA):
         usable, problems = {}, []
         for module, own in value.states.items():
@@ -125,12 +143,18 @@ def _fit(usable: Any, state: Mapping[str, Any], name: str) -> tuple[Any, list[st
     for key, own in usable.items():
         if key not in state:
             problems.append(f"{name}.{key}: missing")
-        elif _shape(own) not in (None, _shape(state[key])):
-            shapes = f"{_shape(state[key])} in the checkpoint, {_shape(own)} here"
+        elif shapes := _other_shape(own, state[key]):
             problems.append(f"{name}.{key}: {shapes}")
         else:
             usable[key] = state[key]
     return usable, sorted(problems)
+
+
+def _other_shape(own: Any, saved: Any) -> str:
+    """What the shapes of two tensors are, if they differ."""
+    if _shape(own) in (None, _shape(saved)):
+        return ""
+    return f"{_shape(saved)} in the checkpoint, {_shape(own)} here"
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
@@ -189,11 +213,26 @@ class Best:
         self.value, self.states = state["value"], dict(state["states"])
 
 
+_Entry = tuple[Mapping[str, Any], str]  # a table of a module's tensors, and a name in it
+
+
+def _entry(module: nn.Module, key: str, value: torch.Tensor) -> _Entry:
+    """Where a module keeps a tensor; a buffer may be replaced there, by a step or as it moves."""
+    path, _, name = key.rpartition(".")
+    with suppress(AttributeError):  # a hook may have named it
+        owner = module.get_submodule(path)
+        for table in (owner._parameters, owner._buffers):
+            if table.get(name) is value:
+                return table, name
+    return {name: value}, name
+
+
 class EMA:
     """Exponential moving averages of the weights of modules.
 
     Often better than the weights themselves: Polyak & Juditsky (1992), "Acceleration of stochastic
-    approximation by averaging". Averages are in float32 at least; integers (counters) are copied.
+    approximation by averaging". Averages are in float32 at least; integers (counters) and sparse
+    tensors are copied.
 
     Args:
         modules: to average, by name.
@@ -206,40 +245,37 @@ class EMA:
         self.modules = dict(modules)
         self.decay = decay
         self.states: dict[str, dict[str, torch.Tensor]] = {}
-        self._averages: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        self._copies: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._averages: list[tuple[torch.Tensor, _Entry]] = []
+        self._copies: list[tuple[torch.Tensor, _Entry]] = []
         for name, module in self.modules.items():
-            # With their variables, for those remain the same when a module moves.
-            tensors = _renamed(_unwrap(module).state_dict(keep_vars=True), _original_name)
+            original = _original_names(module)
             self.states[name] = {}
-            for key, value in tensors.items():
+            for key, value in module.state_dict(keep_vars=True).items():
                 if not isinstance(value, torch.Tensor):
                     continue
                 # Half precision would lose the small steps of an average.
                 half = value.dtype in (torch.float16, torch.bfloat16)
                 average = value.detach().to(torch.float32 if half else value.dtype, copy=True)
-                floating = average.is_floating_point() or average.is_complex()
-                averages, values = self._averages if floating else self._copies
-                averages.append(average)
-                values.append(value)
-                self.states[name][key] = average
+                number = average.is_floating_point() or average.is_complex()
+                dense = average.layout == torch.strided
+                kind = self._averages if number and dense else self._copies
+                kind.append((average, _entry(module, key, value)))
+                self.states[name][original(key)] = average
 
     @torch.no_grad()
     def reset(self) -> None:
         """Restart from the weights as they are, such as after `continue_from`."""
-        for averages, values in (self._averages, self._copies):
-            for average, value in zip(averages, values, strict=True):
-                average.copy_(value)
+        for average, (table, key) in self._averages + self._copies:
+            average.copy_(table[key])
 
     @torch.no_grad()
     def update(self) -> None:
         """Follow the modules; call it after each step of the optimizer."""
-        averages, values = self._averages
-        same = [v.to(a.dtype) for a, v in zip(averages, values, strict=True)]
+        same = [table[key].to(average.dtype) for average, (table, key) in self._averages]
         if same:
-            torch._foreach_lerp_(averages, same, 1 - self.decay)
-        for copy, value in zip(*self._copies, strict=True):
-            copy.copy_(value)
+            torch._foreach_lerp_([average for average, _ in self._averages], same, 1 - self.decay)
+        for copied, (table, key) in self._copies:
+            copied.copy_(table[key])
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -255,7 +291,23 @@ class EMA:
         """Take back what `state_dict` gave."""
         for name, averages in self.states.items():
             for key, average in averages.items():
-                average.copy_(_shard_like(average, state[name][key]))
+                average.copy_(shard_like(average, state[name][key]))
+
+
+def versions(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """States of modules in a checkpoint: the `latest`, and those in a `best` and an `ema`."""
+
+    def section(of: Mapping[str, Any], name: str) -> dict[str, Any]:
+        found = of.get(name)
+        return {**found} if isinstance(found, Mapping) else {}
+
+    averaged = section(state, "ema")
+    for name, averages in averaged.items():
+        whole = copy(state.get(name))
+        if isinstance(whole, dict) and isinstance(averages, Mapping):
+            whole.update(averages)  # which are of tensors alone
+            averaged[name] = whole
+    return {"latest": {**state}, "best": section(section(state, "best"), "states"), "ema": averaged}
 
 
 @contextmanager
@@ -263,7 +315,9 @@ def _swapped(modules: Mapping[str, nn.Module], states: Mapping[str, Any]) -> Ite
     own = {name: deepcopy(module_state(modules[name])) for name in states}
     try:
         for name, state in states.items():
-            load_module_state(modules[name], module_state(modules[name]) | state)
+            new = module_state(modules[name])
+            new.update(state)  # keeps the versions of the modules, which `|` does not
+            load_module_state(modules[name], new)
         yield
     finally:
         for name, state in own.items():

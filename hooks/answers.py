@@ -20,10 +20,14 @@ from jinja2.ext import Extension
 
 # Packages that the rendered project uses, and names that mean something in it.
 DEPENDENCIES = {
-    "cookiecutter", "dora", "filelock", "hatchling", "hydra", "mypy", "nox", "numpy", "omegaconf",
-    "pil", "pillow", "pip", "pkg_resources", "plotly", "pre_commit", "pytest", "pytest_timeout",
-    "ruff", "scikit_learn", "scipy", "setuptools", "sklearn", "submitit", "tensorboard",
-    "tensorflow", "torch", "torchaudio", "torchvision", "tqdm", "treetable", "wandb",
+    "absl", "antlr4", "click", "cloudpickle", "cookiecutter", "dora", "dora_search", "filelock",
+    "fsspec", "git", "google", "grpc", "hatchling", "hydra", "hydra_core", "iniconfig", "jinja2",
+    "joblib", "markdown", "markupsafe", "mpmath", "mypy", "narwhals", "networkx", "nox", "numpy",
+    "omegaconf", "packaging", "pil", "pillow", "pip", "pkg_resources", "platformdirs", "plotly",
+    "pluggy", "pre_commit", "pydantic", "pygments", "pytest", "pytest_timeout", "requests",
+    "retrying", "ruff", "scikit_learn", "scipy", "sentry_sdk", "setuptools", "six", "sklearn",
+    "submitit", "sympy", "tensorboard", "tensorflow", "threadpoolctl", "torch", "torchaudio",
+    "torchvision", "tqdm", "treetable", "typing_extensions", "wandb", "werkzeug", "yaml",
 }  # fmt: skip
 FOLDERS = {
     "bin", "build", "conf", "config", "conftest", "core", "dist", "docs", "example", "examples",
@@ -89,6 +93,8 @@ def _check_slug(slug: str) -> None:
     if not re.fullmatch(r"[a-z0-9]+([-_][a-z0-9]+)*", slug):
         cure = "use lower case letters and digits, joined by single hyphens, as in my-research"
         _refuse("project_slug", slug, "is no plain folder name", cure)
+    if slug.replace("-", "_") in DEPENDENCIES:
+        _refuse("project_slug", slug, "is a package that it depends on", "choose another name")
     if slug.replace("-", "_") in WINDOWS:
         _refuse("project_slug", slug, "is a reserved name on Windows", "choose another name")
 

@@ -12,11 +12,11 @@ from hooks.answers import DEPENDENCIES
 from .conftest import Render
 
 NAMES = [
-    *("", "keyword-", "My", "a b", "a--b", "../x", "/tmp/x", "a/b", ".", "..", "é", "nul"),
+    *("", "keyword-", "My", "a b", "a--b", "../x", "/tmp/x", "a/b", ".", "..", "é", "nul", "torch"),
     *('a"b', "a'b", "a\nb", "x" * 61, "{{ 7*7 }}!"),
 ]
 PACKAGES = [
-    *("", "class", "match", "json", "torch", "hydra", "dora", "core", "tests", "numpy", "1a"),
+    *("", "class", "match", "json", "torch", "hydra", "dora", "core", "tests", "yaml", "1a"),
     *("My", "a b", "a-b", "../x", "/tmp/x", "é", "x" * 61, 'a"b', "a\nb"),
 ]
 TEXTS = ["", " ", 'a"b', "a\\b", "a\nb", "\x07", "x" * 201]

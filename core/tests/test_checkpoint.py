@@ -105,6 +105,11 @@ def test_a_damaged_file_that_nobody_read_is_not_overwritten(path: Path) -> None:
     damage(path, "empty")
     save(path, 2)
     assert names(path) == ["checkpoint.damaged-1.th", "checkpoint.th"]
+    path.with_name("checkpoint.damaged-1.th").rename(path.with_name("checkpoint.damaged-2.th"))
+    for epoch in (3, 4):
+        damage(path, "empty")
+        save(path, epoch)
+    assert names(path) == [*(f"checkpoint.damaged-{n}.th" for n in (1, 2, 3)), "checkpoint.th"]
 
 
 def test_any_flipped_bit_is_noticed_or_harmless(path: Path) -> None:

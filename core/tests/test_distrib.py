@@ -17,6 +17,7 @@ from torch import nn
 from .. import distrib, gradients, loader, process_group
 from ..rng import seed_everything
 from ..utils import UserError, averager
+from ..weights import EMA, load_module_state, module_state
 from .processes import on_ranks
 
 
@@ -125,6 +126,27 @@ def test_collectives_on_two_ranks() -> None:
         assert result["counted"] == {"loss": 0.25, "acc_of_cats": 0.75, "loss.nonfinite": 1.0}
     assert (zero["mean"][1], one["mean"][1]) == (0, 1)
     assert (zero["own"], one["own"]) == (False, True)
+
+
+def _names() -> list[list[str]]:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            compiled: Any = torch.compile(nn.Linear(2, 2))
+            self.encoder = distrib.wrap(compiled)
+            self.module = nn.Linear(2, 2)
+
+    compiled: Any = torch.compile(distrib.wrap(nn.Linear(2, 2)))
+    for model in (compiled, Model(), distrib.wrap(nn.Sequential(nn.Linear(1, 1)))):
+        load_module_state(model, module_state(model))
+        EMA({"model": model}).update()
+    return [[*module_state(compiled)], [*EMA({"": Model()}).states[""]]]
+
+
+def test_a_part_that_is_wrapped_keeps_its_names() -> None:
+    names = ["weight", "bias"]
+    whole = [f"{part}.{name}" for part in ("encoder", "module") for name in names]
+    assert on_ranks(_names) == [[names, whole]] * 2
 
 
 def _threads_after_leaving() -> list[str]:

@@ -159,6 +159,16 @@ def test_workers_leave_a_request_to_stop_to_the_run(context: str) -> None:
     assert torch.cat(list(made)).tolist() == list(range(6))
 
 
+def test_what_makes_a_resume_inexact_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    loader.loader(Numbers(4), batch_size=None)
+    loader.loader(Stream(), None, num_workers=1)
+    assert not caplog.text
+    loader.loader(Numbers(4), None, num_workers=1)
+    loader.loader(Numbers(4), 2, num_workers=1, persistent_workers=True)
+    said = [message.partition(":")[0] for message in caplog.messages]
+    assert said == ["batch_size=None", "persistent_workers"]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_iterable_datasets_are_dealt_out(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []

@@ -125,7 +125,10 @@ def test_what_is_wrong_is_said_in_a_line(
 def test_a_run_without_checkpoint_is_shown(runs: Path) -> None:
     (runs / "xps" / "aaaa1111" / "checkpoint.th").unlink()
     with (runs / "xps" / "aaaa1111" / "metrics.jsonl").open("a") as file:
-        file.write('{"torn')
+        row = '{"stage": "train", "step": 9, "epoch": 1, "loss": 1.0, "p": [1, 2], "word": "a"}'
+        file.write(row + '\n{"torn')
     found = find_runs(runs / "xps", [])
     assert differences(found) == []
+    assert found[0].steps["train.loss"][9] == 1.0
+    assert "train.p" not in found[0].steps  # no number, so no point of a curve
     assert [row[0] for row in table(found, [], [])] == ["run", "aaaa1111", "bbbb2222"]

@@ -257,12 +257,50 @@ def test_a_run_continues_from_another(tmp_path: Path, caplog: pytest.LogCaptureF
         new.continue_from("nothing")
     with pytest.raises(UserError, match=r"no ema optim in it, which has latest \(.*model"):
         new.continue_from("old", ["optim"], version="ema")
+    plain: Any = Solver(tmp_path / "xps" / "plain", epochs=1)
+    plain.best = plain.ema = 0.5  # names like any other
+    plain.register_stateful("best", "ema")
+    plain.run()
+    new.continue_from("plain")
+    with pytest.raises(UserError, match=r"no ema model in it, which has latest \(.*model"):
+        new.continue_from("plain", version="ema")
     wider = Kept(tmp_path / "xps" / "wider", width=9)
     said = r"^continue from .*: the checkpoint does not fit .*model\.0\.weight: \(8, 4\) in the "
     with pytest.raises(UserError, match=said):
         wider.continue_from("old")
     wider.continue_from("old", strict=False)
     assert "Skipped" in caplog.text
+
+
+def test_averages_of_a_module_that_has_more_state_than_tensors(tmp_path: Path) -> None:
+    class Noted(nn.Linear):
+        note = ""
+
+        def get_extra_state(self) -> dict[str, str]:
+            return {"note": self.note}
+
+        def set_extra_state(self, state: dict[str, str]) -> None:
+            self.note = state["note"]
+
+    def build(name: str, note: str) -> Any:
+        solver: Any = BaseSolver(tmp_path / "xps" / name)
+        solver.model = Noted(1, 1)
+        solver.model.note = note
+        solver.model.register_buffer("edges", torch.eye(2).to_sparse())
+        solver.ema = EMA({"model": solver.model}, 0.0)
+        solver.register_stateful("model", "ema")
+        return solver
+
+    old, new = build("old", "old"), build("new", "new")
+    with torch.no_grad():
+        old.model.weight.fill_(7.0)
+    old.commit()
+    old.ema.update()
+    old.commit()
+    old.wait()
+    new.continue_from("old", version="ema")
+    assert new.model.note == "old"
+    assert new.model.weight.item() == 7.0
 
 
 def test_a_run_that_was_not_restored_is_not_overwritten(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import gc
 import io
 import random
 import weakref
+from collections import deque
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -189,6 +190,106 @@ def test_averages_of_weights() -> None:
         EMA({}, decay=1)
 
 
+def test_averages_follow_buffers_that_are_replaced() -> None:
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean: torch.Tensor
+            self.register_buffer("mean", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> None:
+            self.mean = 0.5 * self.mean + 0.5 * x
+
+    model: Any = nn.Sequential(Running(), nn.BatchNorm1d(1))
+    ema = EMA({"model": model}, decay=0.0)
+    model.double()
+    model[0](torch.ones(1))
+    model[1].running_mean.fill_(3.0)
+    ema.update()
+    assert ema.states["model"]["0.mean"].item() == 0.5
+    assert ema.states["model"]["1.running_mean"].item() == 3.0
+    ema.states["model"]["0.mean"].zero_()
+    ema.reset()
+    assert ema.states["model"]["0.mean"].item() == 0.5
+
+
+def test_lent_weights_keep_the_versions_of_their_modules() -> None:
+    class Versioned(nn.Linear):
+        _version = 2
+
+        def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *args: Any) -> None:
+            if metadata.get("version", 1) < 2:
+                state[f"{prefix}weight"] = state[f"{prefix}weight"] * 100
+            super()._load_from_state_dict(state, prefix, metadata, *args)
+
+    model = Versioned(1, 1)
+    nn.init.ones_(model.weight)
+    with EMA({"model": model}).swapped():
+        assert model.weight.item() == 1
+
+
+class Mode(Enum):
+    warm = 1
+    cold = 2
+
+
+class Range(NamedTuple):
+    low: float
+    high: float
+
+
+def test_values_keep_their_type_and_place() -> None:
+    def build(n: int) -> Any:
+        values: Any = Owner()
+        values.queue = deque([n], maxlen=2)
+        values.array = np.full(3, n)
+        values.mode = Mode(n)
+        values.path = Path(str(n))
+        values.span = Range(n, n)
+        values.scale = nn.Parameter(torch.full((2,), float(n)))
+        values.bank = torch.zeros(n, 2)
+        names = ("queue", "array", "mode", "path", "span", "scale", "bank")
+        values.manager = manager(values, *names)
+        return values
+
+    one, two = build(1), build(2)
+    queue, scale = one.queue, one.scale
+    one.manager.load_state_dict(through_file(two.manager.state_dict()))
+    assert one.queue is queue == two.queue
+    assert one.queue.maxlen == 2
+    assert isinstance(one.array, np.ndarray)
+    assert one.array.tolist() == [2, 2, 2]
+    assert (one.mode, one.path, one.span.high) == (Mode.cold, Path("2"), 2)
+    assert one.scale is scale  # as an optimizer knows it
+    assert scale.tolist() == [2, 2]
+    assert scale.requires_grad
+    assert one.bank.shape == (2, 2)
+    one.scale = nn.Parameter(torch.zeros(3))
+    with pytest.raises(UserError, match=r"scale: \(2,\) in the checkpoint, \(3,\) here"):
+        one.manager.load_state_dict(two.manager.state_dict())
+    with pytest.raises(ValueError, match="rename it"):
+        one.manager.register("checkpoint", AttributeWrapper(one, "path"))
+
+
+def test_other_groups_of_parameters_are_named_before_anything_is_loaded() -> None:
+    def build(*sizes: int) -> Any:
+        owner: Any = Owner()
+        groups = [{"params": [nn.Parameter(torch.zeros(1)) for _ in range(n)]} for n in sizes]
+        owner.optim = torch.optim.SGD(groups, lr=0.1)
+        owner.manager = manager(owner, "model", "optim")
+        return owner
+
+    other, owner = build(3), build(2, 1)
+    saved = other.manager.state_dict()
+    before = weights(owner.model)
+    said = r"optim: groups of \[3\] parameters in the checkpoint, of \[2, 1\] here"
+    with pytest.raises(UserError, match=said):
+        owner.manager.load_state_dict(saved)
+    assert torch.equal(weights(owner.model), before)
+    owner.manager.load_state_dict(saved, strict=False)
+    assert not torch.equal(weights(owner.model), before)
+
+
 def test_write_only_is_saved_and_never_loaded() -> None:
     owner = Owner()
     states = StateManager()
@@ -253,6 +354,10 @@ def test_a_summary_tells_weights_apart() -> None:
     before = summary(model)
     assert before.startswith("Sequential, 24 parameters, 0.0 MiB, weights ")
     assert summary(model) == before
+    assert "Linear, 0 parameters" in summary(nn.LazyLinear(2))
+    sparse = nn.Linear(1, 1)
+    sparse.register_buffer("edges", torch.eye(3).to_sparse())
+    assert "2 parameters" in summary(sparse)
     linear.bias.requires_grad_(False)
     assert "24 parameters, 20 of them trained" in summary(model)
     with torch.no_grad():
