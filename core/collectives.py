@@ -6,6 +6,7 @@ Every function here also works in a single process, where it does nothing.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -158,13 +159,16 @@ def finish(work: Any, tensor: torch.Tensor, what: str) -> None:
 
 def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Group tensors of one dtype and device, in order, until a bucket is full."""
-    open_buckets: dict[Any, list[torch.Tensor]] = {}
+    buckets: dict[Any, list[torch.Tensor]] = {}
+    sizes: Counter[Any] = Counter()
     for tensor in tensors:
-        bucket = open_buckets.setdefault((tensor.dtype, tensor.device), [])
-        bucket.append(tensor)
-        if sum(t.nbytes for t in bucket) >= BUCKET_BYTES:
-            yield open_buckets.pop((tensor.dtype, tensor.device))
-    yield from open_buckets.values()
+        kind = tensor.dtype, tensor.device
+        buckets.setdefault(kind, []).append(tensor)
+        sizes[kind] += tensor.nbytes
+        if sizes[kind] >= BUCKET_BYTES:
+            del sizes[kind]
+            yield buckets.pop(kind)
+    yield from buckets.values()
 
 
 def _unflatten(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:

@@ -242,7 +242,7 @@ class _IterableShard(IterableDataset[Any]):
 class _WorkerStart:
     """What a worker does first: it seeds Python, NumPy and torch by (seed, epoch, rank, worker).
 
-    And before each batch again, by its first example: so what is drawn for a batch does not depend
+    And before each batch again, by its examples: so what is drawn for a batch does not depend
     on those before, which a run that resumes within an epoch never loads.
     """
 
@@ -295,7 +295,7 @@ class _SeededBatches:
         self.seeds = seeds
 
     def __call__(self, indices: list[int]) -> list[Any]:
-        _seed(*self.seeds, 0, indices[0])
+        _seed(*self.seeds, 0, *indices)
         if self.fetch is not None:
             return cast(list[Any], self.fetch(indices))
         return [self.dataset[index] for index in indices]

@@ -579,13 +579,13 @@ def _managed(run: Callable[..., T]) -> Callable[..., T]:
         try:
             with self._lock.held(), preemption.listening():
                 result = run(self, *args, **kwargs)
+                self.wait()  # within it: a rank that is asked to stop now asks the others
         except BaseException:
             try:
                 self._writer.wait()  # not `wait`: other ranks may be elsewhere
             except Exception as error:
                 self.logger.error("%s", error)
             raise
-        self.wait()
         later = self._pending_metrics
         # A stage of another name, such as a test after the training, needs no commit.
         if later and (not self.history or later.keys() & self.history[-1].keys()):

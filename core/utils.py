@@ -44,7 +44,7 @@ class Averages(Mapping[str, float]):
     no number is left out and counted: `loss.nonfinite` is how many steps had such a `loss`.
     """
 
-    WAITING = 10_000  # steps that are kept unsummed at most, which bounds memory
+    WAITING = 10_000  # steps with values on a GPU that are kept unsummed, which bounds memory
 
     def __init__(self, beta: float = 1.0) -> None:
         self._beta = beta
