@@ -1,8 +1,8 @@
 """Data loading: order, sharding over ranks, and seeds of workers.
 
-The order of the data depends on a seed and on the epoch alone, never on the global generators, so
-a resumed run sees what an undisturbed one would have seen. The solver announces each epoch through
-`set_epoch`; nobody has to tell the loaders.
+The order of the data depends on a seed, the epoch and the place in it alone, never on the global
+generators or on what was read before, so a resumed run sees what an undisturbed one would have
+seen. The solver announces epoch and place through `set_epoch`; nobody has to tell the loaders.
 """
 
 from __future__ import annotations
