@@ -21,6 +21,7 @@ from .utils import UserError
 from .weights import (
     EMA,
     Best,
+    is_parameter,
     load_module_state,
     load_optimizer_state,
     module_state,
@@ -45,10 +46,10 @@ class StateDictSource(Protocol):
 class AttributeWrapper:
     """A (dotted) attribute of an object, seen as a source of state.
 
-    An attribute with a `state_dict` of its own is asked for it; lists, dicts and tensors are copied
-    out and restored in place; anything else is set, as the type that it was. Of a module that is
-    compiled, or wrapped for distributed training, it or a part of it, the original names are kept.
-    The owner is not kept alive.
+    An attribute with a `state_dict` of its own is asked for it; lists, dicts and parameters are
+    copied out and restored in place; anything else is set, as the type that it was. Of a module
+    that is compiled, or wrapped for distributed training, it or a part of it, the original names
+    are kept. The owner is not kept alive.
     """
 
     def __init__(self, owner: Any, name: str) -> None:
@@ -90,8 +91,8 @@ class AttributeWrapper:
             load_optimizer_state(value, state)
         elif isinstance(value, StateDictSource):
             value.load_state_dict(state)
-        elif isinstance(value, torch.Tensor) and value.shape == getattr(state, "shape", None):
-            with torch.no_grad():  # an optimizer may know it
+        elif is_parameter(value):
+            with torch.no_grad():
                 value.copy_(shard_like(value, state))
         elif isinstance(value, (list, deque)):
             items = list(state)

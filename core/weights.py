@@ -45,6 +45,11 @@ def load_optimizer_state(optim: torch.optim.Optimizer, state: Mapping[str, Any])
     optim.load_state_dict({**state, "state": sharded})
 
 
+def is_parameter(value: Any) -> bool:
+    """Is it a tensor that an optimizer may know?"""
+    return isinstance(value, nn.Parameter) or getattr(value, "requires_grad", None) is True
+
+
 def shard_like(own: Any, whole: Any) -> Any:
     """A whole tensor, sharded across ranks as `own` is; a model under `fully_shard` has such."""
     if not hasattr(own, "placements") or _shape(own) != _shape(whole):
@@ -118,7 +123,7 @@ def reconcile(value: Any, state: Any, name: str) -> tuple[Any, list[str]]:
     """
     if isinstance(value, nn.Module):
         return _fit(module_state(value), state, name)
-    if isinstance(value, nn.Parameter):
+    if is_parameter(value):
         shapes = _other_shape(value, state)
         return (value, [f"{name}: {shapes}"]) if shapes else (state, [])
     if isinstance(value, torch.optim.Optimizer):
