@@ -110,7 +110,7 @@ class Sweep:
 
     def run(self) -> bool:
         """Run all that is not complete; return whether all is, in the end."""
-        waiting = [xp for xp in self.grid.runs if not self._is_complete(xp)]
+        waiting = self.incomplete()
         shown, reported = "", 0.0
         try:
             while waiting or self.running:
@@ -128,6 +128,10 @@ class Sweep:
         if not shown:
             self.show()
         return set(self.grid.states.values()) <= {"COMPLETED"}
+
+    def incomplete(self) -> list[Any]:
+        """The runs that are not complete; the state of the others is set."""
+        return [xp for xp in self.grid.runs if not self._is_complete(xp)]
 
     def show(self) -> None:
         """Print the table."""
@@ -232,6 +236,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     repo = Path(train.__file__ or "").resolve().parent.parent
     sweep = Sweep(grid, command, repo, workers, gpus, args.interval)
     if args.dry_run:
+        sweep.incomplete()
         sweep.show()
         return
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: no run is to train unseen

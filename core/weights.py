@@ -96,7 +96,7 @@ def summary(value: Any) -> str:
     """
     if not isinstance(value, nn.Module):
         return ""
-    known = [p for p in value.parameters() if not is_lazy(p)]
+    known = [p for p in value.parameters() if _shape(p) is not None]
     count = sum(p.numel() for p in known)
     trained = sum(p.numel() for p in known if p.requires_grad)
     some = "" if trained == count else f", {trained:,} of them trained"
