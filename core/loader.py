@@ -13,9 +13,10 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
-from types import FrameType
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -259,8 +260,7 @@ class _WorkerStart:
         if parent is not None and parent.pid != os.getppid():
             # It was killed meanwhile, and PyTorch would look out for its death too late.
             os._exit(1)
-        for number in SIGNALS:
-            signal.signal(number, _ignore_once)
+        _leave_signals_to_the_run()
         epoch = _epoch if self.epoch is None else self.epoch
         _seed(self.seed, epoch, self.rank, worker)
         info = get_worker_info()
@@ -277,13 +277,27 @@ class _WorkerStart:
         return type(self), (self.seed, self.then, _epoch)
 
 
-def _ignore_once(number: int, frame: FrameType | None) -> None:
-    """Leave a request to stop to the run: until it has, it needs its data.
+def _leave_signals_to_the_run() -> None:
+    """Let a worker outlive a request to stop: until the run has stopped, it needs its data.
 
-    Slurm, a sweep and others ask all of a run's processes. PyTorch ends a worker that hangs by
-    asking twice.
+    Slurm, a sweep and others ask all processes of a run; only its own parent ends a worker. One
+    that was spawned, not forked, may have threads already, which take signals too: it leaves
+    SIGTERM to PyTorch, and ends.
     """
-    signal.signal(number, signal.SIG_DFL)
+    tasks = Path("/proc/self/task")
+    if not tasks.exists() or len(os.listdir(tasks)) > 1:
+        for number in {*SIGNALS} - {signal.SIGTERM}:
+            signal.signal(number, signal.SIG_IGN)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def watch() -> None:
+        while True:
+            info = signal.sigwaitinfo(SIGNALS)
+            if info.si_signo == signal.SIGTERM and info.si_pid == os.getppid():
+                os._exit(0)
+
+    threading.Thread(target=watch, daemon=True, name="signals").start()
 
 
 class _SeededBatches:

@@ -147,16 +147,27 @@ def test_workers_are_seeded(context: str) -> None:
 class Asked(Numbers):
     """Its worker is asked to stop, as Slurm asks all processes of a job."""
 
+    signals = SIGNALS
+
     def __getitem__(self, index: int) -> int:
-        for number in SIGNALS if index == 0 else []:
+        for number in self.signals if index == 0 else []:
             os.kill(os.getpid(), number)
         return super().__getitem__(index)
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_leave_a_request_to_stop_to_the_run(context: str) -> None:
-    made = loader.loader(Asked(6), 2, num_workers=1, multiprocessing_context=context)
+    asked = Asked(6)
+    if context == "spawn":
+        asked.signals = [number for number in SIGNALS if number != signal.SIGTERM]
+    made = loader.loader(asked, 2, num_workers=1, multiprocessing_context=context)
     assert torch.cat(list(made)).tolist() == list(range(6))
+    iterator = iter(made)
+    next(iterator)
+    [worker] = iterator._workers
+    worker.terminate()  # as multiprocessing does once, and waits, if a process ends that iterates
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 def test_what_makes_a_resume_inexact_is_said(caplog: pytest.LogCaptureFixture) -> None:
