@@ -50,7 +50,6 @@ class _Stage:
     begun: float  # in seconds, on the monotonic clock
     rng_at_start: StateDict
     loop: int = -1  # number of the loop that is running, or ended last
-    ended: int = 0  # loops
     step: int = 0  # of that loop, done
     in_step: bool = False
     rng_at_loop: StateDict = field(default_factory=dict)  # at the loop's begin
@@ -123,8 +122,9 @@ class Midway:
         """
         if self._stage is None:
             return ()
+        loop = self._stage.loop + (not self._depth)  # the running one, or else the next
         step = self._stage.step + 1 if self._stage.in_step else 0
-        return len(self._done), self._stage.ended, step
+        return len(self._done), loop, step
 
     @property
     def _mine(self) -> StateDict:
@@ -165,7 +165,6 @@ class Midway:
         before = self.steps_before()
         stage.loop += 1
         if self._saved is not None and stage.loop < self._saved["loop"]:
-            stage.ended += 1
             return
         self._depth += 1
         last = length(iterable)
@@ -187,7 +186,7 @@ class Midway:
                 logger.warning("Stage %s looped over no data", name)
         finally:
             self._depth -= 1
-            stage.ended, stage.in_step = stage.ended + 1, False
+            stage.in_step = False
             if not stage.rng_now:  # else this rank stays where it stopped, until all are there
                 preemption.mark_passed((self._epoch, len(self._done), stage.loop, preemption.LAST))
 
