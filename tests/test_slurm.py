@@ -33,7 +33,7 @@ GRIDS = {
     launcher({"optim.lr": 3e-3})
 """,
     "long": """
-    launcher({"epochs": 12, "seed": 6, "data.num_workers": 1})
+    launcher({"epochs": 30, "seed": 6, "data.num_workers": 1})
 """,
     # Slurm's signal, due 90 s before the end, may come a minute earlier: with two minutes, at once.
     "limited": """
@@ -188,7 +188,7 @@ def test_a_grid_with_an_array_and_a_failure(lab: Lab) -> None:
 
 
 def test_a_cancelled_job_stays_cancelled_and_can_go_on(lab: Lab) -> None:
-    overrides = ("epochs=12", "seed=6", "data.num_workers=1")
+    overrides = ("epochs=30", "seed=6", "data.num_workers=1")
     said = lab.dora("grid", "long", "--no_monitoring")
     [job] = re.findall(r"Scheduled job (\d+)", said)
     folder = lab.folder(*overrides)
@@ -199,7 +199,7 @@ def test_a_cancelled_job_stays_cancelled_and_can_go_on(lab: Lab) -> None:
     time.sleep(3)
     assert lab.state(job).startswith("CANCELLED")
     lab.wait(lab.launch("-r", *overrides), "COMPLETED")
-    assert epochs(folder) == 12
+    assert epochs(folder) == 30
 
 
 def test_preempted_and_requeued_no_step_is_lost(lab: Lab) -> None:
