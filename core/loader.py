@@ -16,7 +16,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -112,6 +111,8 @@ def loader(
         examples = None if updates_per_epoch is None else updates_per_epoch * batch
         kind = sampler or EpochSampler
         kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples)
+    if kwargs.get("num_workers") and _forks(kwargs.get("multiprocessing_context")):
+        kwargs["multiprocessing_context"] = _fork_context()
     # A generator of its own keeps the loader from drawing on the global one.
     kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
     return klass(dataset, *args, worker_init_fn=_WorkerStart(seed, worker_init_fn), **kwargs)
@@ -277,19 +278,43 @@ class _WorkerStart:
         return type(self), (self.seed, self.then, _epoch)
 
 
+def _forks(context: Any) -> bool:
+    """Would workers be forked, rather than spawned, and can such a one wait for a signal?"""
+    method = context or multiprocessing.get_start_method(allow_none=True)
+    default = multiprocessing.get_all_start_methods()[0]
+    return (method or default) == "fork" and hasattr(signal, "sigwaitinfo")
+
+
+def _fork_context() -> multiprocessing.context.BaseContext:
+    """Forks workers with the signals blocked that ask a run to stop; see `_WorkerStart`."""
+
+    class Worker(multiprocessing.context.ForkProcess):
+        def start(self) -> None:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                super().start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    class Context(multiprocessing.context.ForkContext):
+        Process = Worker
+
+    return Context()
+
+
 def _leave_signals_to_the_run() -> None:
     """Let a worker outlive a request to stop: until the run has stopped, it needs its data.
 
     Slurm, a sweep and others ask all processes of a run; only its own parent ends a worker. One
-    that was spawned, not forked, may have threads already, which take signals too: it leaves
-    SIGTERM to PyTorch, and ends.
+    that was spawned, not forked, may have threads that take signals: it leaves SIGTERM to PyTorch,
+    and ends.
     """
-    tasks = Path("/proc/self/task")
-    if not tasks.exists() or len(os.listdir(tasks)) > 1:
+    if not hasattr(signal, "sigwaitinfo") or not {*SIGNALS} <= signal.pthread_sigmask(
+        signal.SIG_BLOCK, ()
+    ):
         for number in {*SIGNALS} - {signal.SIGTERM}:
             signal.signal(number, signal.SIG_IGN)
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def watch() -> None:
         while True:

@@ -170,6 +170,21 @@ def test_workers_leave_a_request_to_stop_to_the_run(context: str) -> None:
     assert worker.exitcode == 0
 
 
+def test_a_worker_that_is_asked_to_stop_as_it_starts_goes_on() -> None:
+    code = f"""
+import os, signal
+from {__package__} import test_loader
+from {__package__.removesuffix(".tests")} import loader
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+print(sum(int(batch.sum()) for batch in loader.loader(test_loader.Numbers(6), 2, num_workers=2)))
+assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+"""
+    command = [sys.executable, "-c", code]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    said = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (said.returncode, said.stdout) == (0, "15\n"), said.stderr
+
+
 def test_what_makes_a_resume_inexact_is_said(caplog: pytest.LogCaptureFixture) -> None:
     loader.loader(Numbers(4), batch_size=None)
     loader.loader(Stream(), None, num_workers=1)
