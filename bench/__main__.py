@@ -46,7 +46,8 @@ def run(subject: str, quick: bool) -> list[Section]:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.json")
         command = [sys.executable, "-m", f"bench.{subject}", "--json", str(results)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # Imports are measured with bytecode at hand, whatever is set here.
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
         done = subprocess.run(
             [*command, *(["--quick"] if quick else [])],
             cwd=ROOT,
