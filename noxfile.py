@@ -1,10 +1,10 @@
 """Every command that a developer or CI runs: `nox`, or `nox -s` with a name from `nox -l`."""
 
-import itertools
 import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import nox
 
 ROOT = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cookiecutter-solver"
-QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text())
+# Cookiecutter copies the whole repo folder each time it renders: environments live elsewhere.
+ENVIRONMENTS = Path(os.environ.get("NOX_ENVDIR") or CACHE / "nox")
 RUNTIME = (
     "dora-search",
     "filelock",
@@ -26,16 +27,31 @@ RUNTIME = (
     "tqdm",
     "wandb",
 )
+TOOLS = (
+    *("build", "cookiecutter", "editables", "hatchling", "hiplot", "mypy", "nox", "optuna"),
+    *("pre-commit", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "sp-repo-review[cli]"),
+    "zizmor",
+)
 PEERS = ("accelerate", "flashy", "lightning", "lightning-fabric", "pytorch-ignite")
 
-PYTEST = ("pytest", "pytest-timeout", "pytest-xdist")
 SHARED = ("-n", "3", "--dist", "worksteal")  # tests wait more than they work
+# All tests, in parts that CI runs side by side; those of Slurm have a session of their own.
+PARTS = {
+    "core": ["core/tests", "tests/core"],
+    "docs": [
+        f"tests/test_{name}.py"
+        for name in ("docs", "migration", "recipes", "replacing", "troubleshooting")
+    ],
+    "matrix": ["tests/test_matrix.py", "tests/test_faults.py"],
+    "template": [
+        f"tests/test_{name}.py" for name in ("answers", "home", "render", "run", "sweep", "update")
+    ],
+}
 
-nox.options.sessions = ["lint", "tests", "matrix", "slurm"]
+nox.options.sessions = ["lint", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "venv"
-# Cookiecutter copies the whole repo folder each time it renders: environments live elsewhere.
-nox.options.envdir = os.environ.get("NOX_ENVDIR") or str(CACHE / "nox")
+nox.options.envdir = str(ENVIRONMENTS)
 
 
 def install(session: nox.Session, *requirements: str) -> None:
@@ -43,7 +59,18 @@ def install(session: nox.Session, *requirements: str) -> None:
     session.install("-q", "-c", str(ROOT / "constraints.txt"), *requirements)
 
 
-def render(session: nox.Session, folder: Path, **answers: str) -> Path:
+def shared(session: nox.Session) -> str:
+    """Make the environment that the sessions of tests share; return its Python."""
+    folder = ENVIRONMENTS / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    python = str(folder / "bin" / "python")
+    if not Path(python).exists():
+        session.run(sys.executable, "-m", "venv", str(folder))
+    pins = ("-c", str(ROOT / "constraints.txt"))
+    session.run(python, "-m", "pip", "install", "-q", *pins, *RUNTIME, *TOOLS)
+    return python
+
+
+def render(session: nox.Session, folder: Path, python: str = "python") -> Path:
     """Render a project into the folder, from a copy of the files that git knows or would add."""
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary, "template")
@@ -52,9 +79,8 @@ def render(session: nox.Session, folder: Path, **answers: str) -> Path:
             if (ROOT / name).is_file():
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, copy / name)
-        given = [f"{name}={value}" for name, value in answers.items()]
-        session.run("cookiecutter", str(copy), "--no-input", "-o", str(folder), *given)
-    return folder / answers.get("project_slug", "my-research")
+        session.run(python, "-m", "cookiecutter", str(copy), "--no-input", "-o", str(folder))
+    return folder / "my-research"
 
 
 @nox.session
@@ -75,42 +101,60 @@ def demo(session: nox.Session) -> None:
     session.log(f"Again: cd {project} && {Path(session.bin, 'dora')} run")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
     """Lint and type-check the repo and a rendered project."""
-    install(session, *RUNTIME, "cookiecutter", "mypy", "nox", "pytest", "ruff")
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
-    session.run("mypy", "core", "tests", "bench", "noxfile.py")
+    python = shared(session)
+    check(session, python, ROOT, "core", "tests", "bench", "noxfile.py")
     for hook in sorted((ROOT / "hooks").glob("*.py")):
-        session.run("mypy", str(hook))
+        session.run(python, "-m", "mypy", str(hook))
     with tempfile.TemporaryDirectory() as folder:
-        check_rendered(session, render(session, Path(folder)))
+        check(session, python, render(session, Path(folder), python))
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Test the core and the template; arguments go to pytest."""
-    tools = (
-        "build",
-        "hatchling",
-        "hiplot",
-        "optuna",
-        "pre-commit",
-        "sp-repo-review[cli]",
-        "zizmor",
-    )
-    install(session, *RUNTIME, *PYTEST, *tools, "cookiecutter")
-    session.run("python", "-m", "pytest", *(session.posargs or SHARED))
+    """Test the core, and one representative of each promise; arguments go to pytest instead."""
+    pytest = (shared(session), "-m", "pytest")
+    if session.posargs:
+        session.run(*pytest, *session.posargs)
+    else:
+        session.run(*pytest, "core/tests", *SHARED)
+        session.run(*pytest, "tests", "-m", "promise", *SHARED)
 
 
-@nox.session
+@nox.session(venv_backend="none")
+def full(session: nox.Session) -> None:
+    """Run all tests; `-- core` and the like only a part, without Slurm."""
+    paths = [path for part in session.posargs or PARTS for path in PARTS[part]]
+    session.run(shared(session), "-m", "pytest", *paths, *SHARED)
+    if not session.posargs:
+        session.notify("slurm")
+
+
+@nox.session(venv_backend="none")
+def matrix(session: nox.Session) -> None:
+    """Check, test, kill and resume, spread and sweep every example; arguments go to pytest."""
+    pytest = (shared(session), "-m", "pytest", "tests/test_matrix.py")
+    session.run(*pytest, *(session.posargs or SHARED))
+
+
+@nox.session(venv_backend="none")
+def slurm(session: nox.Session) -> None:
+    """Run a rendered project on a real Slurm cluster of two nodes, made on this machine."""
+    python = shared(session)
+    if subprocess.run([python, "-m", "tests.cluster"], cwd=ROOT).returncode != 0:
+        session.skip("there can be no Slurm cluster here; the line above says why")
+    session.run(python, "-m", "pytest", "tests/test_slurm.py", env={"SLURM_TESTS": "1"})
+
+
+@nox.session(venv_backend="none")
 def faults(session: nox.Session) -> None:
     """Break 200 real runs (or as many as said), start them again, and tell what was lost."""
-    install(session, *RUNTIME, "cookiecutter")
+    python = shared(session)
     with tempfile.TemporaryDirectory() as folder:
-        project = render(session, Path(folder))
-        session.run("python", "-m", "tests.faults", str(project), *session.posargs)
+        project = render(session, Path(folder), python)
+        session.run(python, "-m", "tests.faults", str(project), *session.posargs)
 
 
 @nox.session
@@ -118,36 +162,6 @@ def bench(session: nox.Session) -> None:
     """Measure beside the peers and write bench/RESULTS.md; `-- --quick` shows that it runs."""
     install(session, *RUNTIME, "cookiecutter", *PEERS)
     session.run("python", "-m", "bench", *session.posargs)
-
-
-@nox.session
-def slurm(session: nox.Session) -> None:
-    """Run a rendered project on a real Slurm cluster of two nodes, made on this machine."""
-    install(session, *RUNTIME, *PYTEST, "cookiecutter")
-    python = Path(session.bin, "python")
-    if subprocess.run([python, "-m", "tests.cluster"], cwd=ROOT).returncode != 0:
-        session.skip("there can be no Slurm cluster here; the line above says why")
-    session.run("python", "-m", "pytest", "tests/test_slurm.py", env={"SLURM_TESTS": "1"})
-
-
-@nox.session
-def matrix(session: nox.Session) -> None:
-    """Check, test, spread and sweep every example; train and kill it with every tracker.
-
-    Arguments go to pytest, such as `-k digits-wandb`.
-    """
-    install(session, *RUNTIME, *PYTEST, "cookiecutter", "editables", "hatchling", "mypy", "ruff")
-    with tempfile.TemporaryDirectory() as folder:
-        options = []
-        for example, tracker in itertools.product(QUESTIONS["example"], QUESTIONS["tracker"]):
-            slug = f"{example}-{tracker}"
-            answers = {"project_slug": slug, "example": example, "tracker": tracker}
-            options += ["-e", str(render(session, Path(folder), **answers))]
-        # What they depend on is there, at the pinned versions; `pip check` says if not.
-        session.install("-q", "--no-deps", "--no-build-isolation", *options)
-        session.run("python", "-m", "pip", "check")
-        command = ("python", "-m", "pytest", "tests/test_matrix.py")
-        session.run(*command, *(session.posargs or ("-n", "3")), env={"MATRIX": folder})
 
 
 @nox.session
@@ -160,11 +174,10 @@ def pictures(session: nox.Session) -> None:
         session.run("python", "docs/pictures.py", str(project))
 
 
-def check_rendered(session: nox.Session, project: Path) -> None:
-    """Lint and type-check a rendered project by its own rules."""
-    # What mypy learned of the installed packages holds for all projects.
-    env = {"MYPY_CACHE_DIR": str(CACHE / "mypy")}
-    with session.chdir(project):
-        session.run("ruff", "check", ".")
-        session.run("ruff", "format", "--check", ".")
-        session.run("mypy", env=env)
+def check(session: nox.Session, python: str, folder: Path, *typed: str) -> None:
+    """Lint and type-check a folder by its own rules."""
+    with session.chdir(folder):
+        session.run(python, "-m", "ruff", "check", ".")
+        session.run(python, "-m", "ruff", "format", "--check", ".")
+        # What mypy learned of the installed packages holds for all folders.
+        session.run(python, "-m", "mypy", *typed, env={"MYPY_CACHE_DIR": str(CACHE / "mypy")})

@@ -1,20 +1,12 @@
-"""The fenced blocks of a Markdown page, and a way to run those of Python."""
+"""The fenced blocks of a Markdown page."""
 
-import multiprocessing
-import os
 import re
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from .conftest import ROOT
 
 DOCS = ROOT / "docs"
-
-# Processes that need not import PyTorch once more.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sklearn.datasets", "torch", __name__])
 
 
 class Block(NamedTuple):
@@ -36,27 +28,3 @@ def blocks(page: Path) -> list[Block]:
     if 2 * len(found) != (fences := len(re.findall(r"^\s*```", text, re.M))):
         raise ValueError(f"{page}: {fences} fences make {len(found)} blocks")
     return found
-
-
-def run_python(block: Block, folder: Path, env: Mapping[str, str]) -> str:
-    """Run a block in a process of its own, in a folder; return all that it says."""
-    said = folder.parent / "said.txt"
-    process = FORKS.Process(target=_execute, args=(block, folder, dict(env), said))
-    process.start()
-    process.join(200)
-    process.kill()
-    assert process.exitcode == 0, said.read_text()
-    return said.read_text()
-
-
-def _execute(block: Block, folder: Path, env: dict[str, str], said: Path) -> None:
-    """Run a block in this process, as if it had been started for that."""
-    multiprocessing.set_start_method("fork", force=True)  # as on Linux by default
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(folder)
-    sys.path.insert(0, str(folder))
-    with said.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    exec(compile(block.text, block.where, "exec"), {"__name__": "__main__"})

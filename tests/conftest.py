@@ -4,11 +4,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+import core.tests.processes  # noqa: F401  which names modules for the fork server, fewer than we do
+
+from .commands import FORKS, PRELOAD, Command
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,7 +21,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Shells let what they start in the background ignore Ctrl-C, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-Render = Callable[..., subprocess.CompletedProcess[str]]
+FORKS.set_forkserver_preload(PRELOAD)
+
+Render = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """End the commands that a test started and, because it failed, did not wait for."""
+    yield
+    while Command.started:
+        Command.started.pop().send(signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
@@ -44,19 +57,18 @@ def clean_environment(folder: Path) -> dict[str, str]:
 
 
 def cookiecutter(
-    source: str | Path, folder: Path, environment: dict[str, str], *options: str, **answers: str
-) -> subprocess.CompletedProcess[str]:
-    """Render into a folder, which is made, with these answers."""
+    source: str | Path,
+    folder: Path,
+    environment: dict[str, str],
+    *options: str,
+    code: int = 0,
+    **answers: str,
+) -> str:
+    """Render into a folder, which is made, with these answers; return what is said."""
     folder.mkdir(exist_ok=True)
     given = [f"{name}={value}" for name, value in answers.items()]
-    return subprocess.run(
-        [sys.executable, "-m", "cookiecutter", str(source), "--no-input", *options, *given],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    arguments = ["-m", "cookiecutter", str(source), "--no-input", *options, *given]
+    return Command(folder, *arguments, env=environment).finish(code)
 
 
 @pytest.fixture
@@ -69,10 +81,34 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def render(template: Path, environment: dict[str, str], tmp_path: Path) -> Render:
     """Run cookiecutter into `tmp_path / "out"` with these answers."""
 
-    def run(
-        *options: str, source: str | Path = template, **answers: str
-    ) -> subprocess.CompletedProcess[str]:
-        return cookiecutter(source, tmp_path / "out", environment, *options, **answers)
+    def run(*options: str, code: int = 0, source: str | Path = template, **answers: str) -> str:
+        folder = tmp_path / "out"
+        return cookiecutter(source, folder, environment, *options, code=code, **answers)
 
     (tmp_path / "out").mkdir()
     return run
+
+
+Copy = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def copy(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Copy:
+    """Copy a project into a folder; each set of answers is rendered once."""
+    rendered: dict[str, Path] = {}
+
+    def run(folder: Path, **answers: str) -> Path:
+        key = str(answers)
+        if key not in rendered:
+            place = tmp_path_factory.mktemp("rendered")
+            cookiecutter(template, place / "out", clean_environment(place), code=0, **answers)
+            rendered[key] = place / "out" / answers.get("project_slug", "my-research")
+        return Path(shutil.copytree(rendered[key], folder / rendered[key].name))
+
+    return run
+
+
+@pytest.fixture
+def project(copy: Copy, tmp_path: Path) -> Path:
+    """A project with the digits, to be changed."""
+    return copy(tmp_path)

@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from .conftest import ROOT, clean_environment, cookiecutter
+from .conftest import ROOT, Copy, clean_environment
 
 EXAMPLES = json.loads((ROOT / "cookiecutter.json").read_text())["example"]
 
 # Commands of the README that are run elsewhere, and where.
 ELSEWHERE = {
-    'pip install -e ".[dev]"': "noxfile.py: def matrix",
-    "pytest": "noxfile.py: def matrix",
-    "ruff check .": "noxfile.py: def check_rendered",
-    "mypy": "noxfile.py: def check_rendered",
+    'pip install -e ".[dev]"': "tests/test_matrix.py: def test_it_is_installed",
+    "pytest": "tests/test_matrix.py: def test_own_tests_pass",
+    "ruff check .": "noxfile.py: def check(",
+    "mypy": "noxfile.py: def check(",
     "dora run -d --ddp_workers=2": "tests/test_run.py: def test_digits_reach_their_score",
     "torchrun --nproc-per-node=2 -m dora run": "tests/test_run.py: def test_torchrun_on_two_",
     "torchrun --nnodes=2 --node-rank=0 --master-addr=ADDRESS --master-port=29500 "
@@ -43,12 +43,10 @@ ELSEWHERE = {
 class Home:
     """A rendered project, and a shell in it."""
 
-    def __init__(self, template: Path, folder: Path, example: str) -> None:
+    def __init__(self, copy: Copy, folder: Path, example: str) -> None:
         self.env = clean_environment(folder)
         self.env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{self.env['PATH']}"
-        done = cookiecutter(template, folder / "out", self.env, example=example)
-        assert done.returncode == 0, done.stderr
-        self.path = folder / "out" / "my-research"
+        self.path = copy(folder, example=example)
         self.config = self.path / "my_research" / "config"
         self.readme = (self.path / "README.md").read_text()
 
@@ -60,7 +58,6 @@ class Home:
             env=self.env | env,
             capture_output=True,
             text=True,
-            timeout=240,
         )
         assert done.returncode == code, f"{command}\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr
@@ -93,14 +90,14 @@ class Home:
 
 @pytest.fixture(scope="module", params=EXAMPLES)
 def home(
-    request: pytest.FixtureRequest, template: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, copy: Copy, tmp_path_factory: pytest.TempPathFactory
 ) -> Home:
-    return Home(template, tmp_path_factory.mktemp(request.param), request.param)
+    return Home(copy, tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
-def digits(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
-    return Home(template, tmp_path_factory.mktemp("readme"), "digits")
+def digits(copy: Copy, tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home(copy, tmp_path_factory.mktemp("readme"), "digits")
 
 
 def serve(home: Home, command: str) -> str:
@@ -117,9 +114,10 @@ def serve(home: Home, command: str) -> str:
         return next((line for line in server.stderr if "http://" in line), "")
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait()
 
 
+@pytest.mark.promise
 def test_the_commands_of_the_readme(digits: Home) -> None:
     """Each runs as written, with keys added that make it quick, but for those run elsewhere."""
     sig = ""
@@ -203,14 +201,14 @@ def test_ci_is_safe_and_does_what_the_matrix_does(home: Home) -> None:
     text = (home.path / ".github" / "workflows" / "ci.yml").read_text()
     uses = [line for line in text.splitlines() if "uses:" in line]
     assert all(re.search(r"@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line) for line in uses)
-    # What `nox -s matrix` runs in every example.
+    # What test_matrix.py runs in every example.
     runs = [line for step in steps for line in step.get("run", "").splitlines()]
     assert runs[2:6] == ["ruff check .", "ruff format --check .", "mypy", "pytest"]
 
 
 @pytest.mark.parametrize("example", ["digits", "basic"])
-def test_ci_trains_is_killed_and_goes_on(example: str, template: Path, tmp_path: Path) -> None:
-    home = Home(template, tmp_path, example)
+def test_ci_trains_is_killed_and_goes_on(example: str, copy: Copy, tmp_path: Path) -> None:
+    home = Home(copy, tmp_path, example)
     step = home.workflow()["jobs"]["check"]["steps"][-1]
     assert "is complete after epoch" in home.shell(step["run"], **step["env"])
     assert home.shell("git status --porcelain") == ""

@@ -1,32 +1,27 @@
-"""Every example with every tracker is killed and resumed: `nox -s matrix`, which installs them all.
+"""Every example, and every tracker: installed, checked, tested, killed and resumed, spread, swept.
 
-Each project in the folder that `MATRIX` names is called `<example>-<tracker>`.
+An example is the same code with every tracker (see test_render.py), so trackers only have to write.
 """
 
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from itertools import product
 from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
-
-if "MATRIX" not in os.environ:
-    pytest.skip("only under `nox -s matrix`", allow_module_level=True)
+from .commands import Command, run
+from .conftest import ROOT, Copy
+from .faults import load, same
+from .gate import Gate
 
 QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text())
-COMBINATIONS = [f"{e}-{t}" for e, t in product(QUESTIONS["example"], QUESTIONS["tracker"])]
-# Long enough to be killed on the way.
+# Epochs as short as they can be.
 SHORT = {
-    "digits": ["epochs=8"],
-    "basic": ["epochs=100"],
-    "text": ["epochs=6", "data.updates_per_epoch=5", "data.limit=2", "sample.length=9"],
-    "adversarial": ["epochs=30"],
+    "digits": ["debug=limit"],
+    "basic": [],
+    "text": ["debug=limit", "data.updates_per_epoch=5", "sample.length=9"],
+    "adversarial": ["debug=limit"],
 }
 FILES = {"tensorboard": {"tensorboard"}, "wandb": {"wandb"}, "both": {"tensorboard", "wandb"}}
 GRID = """
@@ -35,103 +30,87 @@ from .lr import explorer as columns
 
 @type(columns)
 def explorer(launcher):
-    launcher.bind_({overrides})
+    launcher.bind_(["epochs=3", *{overrides}])
     for seed in (2, 3):
         launcher({{"seed": seed}})
 """
 
 
-class Project:
-    """A rendered project, and the runs in a folder."""
-
-    def __init__(self, name: str, outputs: Path) -> None:
-        self.folder = Path(os.environ["MATRIX"], name)
-        self.package = name.replace("-", "_")
-        self.overrides = SHORT[name.split("-")[0]]
-        self.epochs = int(self.overrides[0].partition("=")[2])
-        self.outputs = outputs
-        self.env = os.environ | {
-            f"{self.package.upper()}_DIR": str(outputs),
-            "DORA_PACKAGE": self.package,
-            "WANDB_MODE": "offline",
-        }
-
-    def start(self, *command: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, *command],
-            cwd=self.folder,
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, *command: str) -> str:
-        process = self.start(*command)
-        said, _ = process.communicate()
-        assert process.returncode == 0, said
-        return said
-
-    def runs(self) -> list[Path]:
-        """The folders of the runs that committed an epoch, by age."""
-        found = [path.parent for path in self.outputs.glob("xps/*/history.json")]
-        return sorted(found, key=lambda folder: (folder / "solver.log.0").stat().st_ino)
+@pytest.fixture(params=QUESTIONS["example"])
+def example(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-def epochs(run: Path) -> int:
-    return len(json.loads((run / "history.json").read_text()))
+@pytest.fixture
+def project(example: str, copy: Copy, tmp_path: Path) -> Path:
+    return copy(tmp_path, example=example, tracker="both")
 
 
-@pytest.fixture(params=COMBINATIONS[:: len(QUESTIONS["tracker"])])
-def example(request: pytest.FixtureRequest, tmp_path: Path) -> Project:
-    """Each example with one tracker: with others, its code is the same (see test_render.py)."""
-    return Project(request.param, tmp_path)
+def only_run(project: Path, outputs: str = "outputs") -> Path:
+    [folder] = (project / outputs / "xps").iterdir()
+    return folder
 
 
-@pytest.fixture(params=COMBINATIONS)
-def project(request: pytest.FixtureRequest, tmp_path: Path) -> Project:
-    return Project(request.param, tmp_path)
+def epochs(folder: Path) -> int:
+    return len(json.loads((folder / "history.json").read_text()))
 
 
-def test_own_rules_hold(example: Project) -> None:
+def test_it_is_installed_with_what_it_needs(project: Path, tmp_path: Path) -> None:
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site")]
+    run(project, "-m", "pip", "install", *options, ".")
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    # What it depends on is there, at versions that it takes; `pip check` says if not.
+    assert "No broken requirements" in run(tmp_path, "-m", "pip", "check", env=env)
+    run(tmp_path, "-c", "import my_research.train", env=env)
+
+
+def test_own_rules_hold(project: Path) -> None:
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
-        example.run("-m", *command)
+        run(project, "-m", *command)
 
 
-def test_own_tests_pass(example: Project) -> None:
-    example.run("-m", "pytest", "-q", "tests")
+@pytest.mark.promise
+def test_own_tests_pass(project: Path) -> None:
+    run(project, "-m", "pytest", "-q", "tests")
 
 
-def test_killed_resumed_and_loaded(project: Project) -> None:
-    train = ["-m", "dora", "run", *project.overrides]
-    killed = project.start(*train)
-    while not project.runs():
-        assert killed.poll() is None, killed.communicate()
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    [run] = project.runs()
-    assert 0 < (done := epochs(run)) < project.epochs
-    assert f"resumes in epoch {done + 1}:" in project.run(*train)
-    assert epochs(run) == project.epochs
-    tracker = project.folder.name.partition("-")[2]
-    assert FILES.get(tracker, set()) == {"tensorboard", "wandb"} & {p.name for p in run.iterdir()}
+def test_killed_resumed_and_loaded(example: str, project: Path) -> None:
+    gate = Gate(project)
+    train = ["-m", "dora", "run", "epochs=3", "trackers=[]", *SHORT[example]]
+    killed = Command(project, *train)
+    killed.until(lambda: gate.reached() and list(project.glob("outputs/xps/*/history.json")))
+    killed.send(signal.SIGKILL)
+    killed.finish(-signal.SIGKILL)
+    folder = only_run(project)
+    assert epochs(folder) == 1
+    gate.open()
+    assert "resumes in epoch 2:" in run(project, *train)
+    run(project, *train, env=os.environ | {"MY_RESEARCH_DIR": "whole"})
+    states = [load(run / "checkpoint.th") for run in (folder, only_run(project, "whole"))]
+    assert same(*states)
 
-    load = f"from {project.package}.train import load_solver as load; "
-    load += f"print(len(load('{run.name}').history), 'epochs')"
-    assert f"{project.epochs} epochs" in project.run("-c", load)
+    ask = f"from my_research.train import load_solver as load; print(len(load('{folder.name}')."
+    assert "3 epochs" in run(project, "-c", f"{ask}history), 'epochs')")
 
 
-def test_spread_over_processes_and_swept(example: Project) -> None:
-    example.run("-m", "dora", "run", "-d", "--ddp_workers=2", *example.overrides)
-    [run] = example.runs()
-    assert epochs(run) == example.epochs
-    assert (run / "solver.log.1").exists()
+@pytest.mark.parametrize("tracker", QUESTIONS["tracker"])
+def test_trackers_write(tracker: str, copy: Copy, tmp_path: Path) -> None:
+    project = copy(tmp_path, example="basic", tracker=tracker)
+    run(project, "-m", "dora", "run", "epochs=1", env=os.environ | {"WANDB_MODE": "offline"})
+    written = {path.name for path in only_run(project).iterdir()}
+    assert FILES.get(tracker, set()) == {"tensorboard", "wandb"} & written
+    assert "metrics.jsonl" in written
 
-    overrides = dict(override.split("=") for override in example.overrides)
-    grid = GRID.format(overrides={k: int(v) for k, v in overrides.items()})
-    package = example.folder / example.package
-    (package / "grids" / "seeds.py").write_text(grid)
-    said = example.run("-m", f"{example.package}.core.sweep", "seeds", "--workers", "1")
+
+def test_spread_over_processes_and_swept(example: str, project: Path) -> None:
+    train = ["-m", "dora", "run", "epochs=3", "trackers=[]", *SHORT[example]]
+    run(project, *train, "-d", "--ddp_workers=2")
+    folder = only_run(project)
+    assert epochs(folder) == 3
+    assert (folder / "solver.log.1").exists()
+
+    grid = GRID.format(overrides=["trackers=[]", *SHORT[example]])
+    (project / "my_research" / "grids" / "seeds.py").write_text(grid)
+    said = run(project, "-m", "my_research.core.sweep", "seeds", "--workers", "1")
     assert said.split("\n\n")[-1].count(" COM ") == 2
-    assert [epochs(path) for path in example.runs()] == [example.epochs] * 3
+    assert [epochs(path) for path in folder.parent.iterdir()] == [3, 3, 3]

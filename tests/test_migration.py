@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,11 @@ from omegaconf import OmegaConf
 
 from core import checkpoint
 
-from .blocks import DOCS, Block, blocks, run_python
-from .conftest import ROOT, clean_environment, cookiecutter
+from .blocks import DOCS, Block, blocks
+from .commands import Command
+from .commands import run as python
+from .conftest import ROOT, Copy
+from .gate import Gate
 
 SDIST = (
     "flashy==0.0.2 --hash=sha256:e7f5afc3130d5af5ddbce1d22f4a729f1900055488cb0b531cdbc190dc79e9fd"
@@ -53,10 +55,14 @@ def run(project: Path, *command: str, **env: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def dora(project: Path, *options: str, **env: str) -> str:
+    """Train; return all that is said."""
+    return python(project, "-m", "dora", "run", *options, env=environment(**env))
 
 
 def follow(project: Path, old: Path, *steps: str) -> str:
@@ -109,11 +115,9 @@ def same(one: Any, other: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def rendered(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rendered(copy: Copy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("rendered")
-    done = cookiecutter(template, where / "out", clean_environment(where), example="basic")
-    assert done.returncode == 0, done.stderr
-    return where / "out" / "my-research"
+    return copy(where, example="basic")
 
 
 @pytest.fixture
@@ -127,9 +131,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("flashy")
     (where / "wanted.txt").write_text(SDIST)
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
-    done = subprocess.run(
-        [*pip, "-r", "wanted.txt"], cwd=where, capture_output=True, text=True, timeout=200
-    )
+    done = subprocess.run([*pip, "-r", "wanted.txt"], cwd=where, capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"Flashy's archive is out of reach: {done.stderr.strip().splitlines()[-1]}")
     shutil.unpack_archive(where / "flashy-0.0.2.tar.gz", where, filter="data")
@@ -147,24 +149,24 @@ def test_the_example_of_flashys_readme(project: Path, tmp_path: Path) -> None:
     (old / "config" / "config.yaml").write_text(kept)
 
     follow(project, old, "move", "imports")
-    run(project, "dora", "run")  # with nothing but the import changed, and so one epoch short
+    dora(project)  # with nothing but the import changed, and so one epoch short
     [first] = tmp_path.glob("flashy_basic_me/outputs/xps/*")
     assert [[*epoch] for epoch in history(first)] == [["train"]] * 9
 
     assert follow(project, old, "averages", "config", "loop", "check") == "Nothing is left.\n"
-    run(project, "dora", "run")
+    dora(project)
     moved = folder(project)
     whole = history(moved)
     assert len(whole) == 10
     assert any((moved / "tensorboard").iterdir())
     # The last epoch was committed without a checkpoint: the same command repeats it, exactly.
-    run(project, "dora", "run")
+    dora(project)
     same(history(moved), whole)
 
 
 def test_flashys_basic(project: Path, examples: Path) -> None:
     follow(project, examples / "basic", "move", "imports", "averages", "config")
-    run(project, "dora", "run", "-d", "--ddp_workers=2")
+    dora(project, "-d", "--ddp_workers=2")
     assert len(history(folder(project))) == 10
     assert {path.name for path in folder(project).glob("solver.log.*")} == {
         "solver.log.0",
@@ -273,7 +275,7 @@ def cifar(rendered: Path, examples: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_flashys_cifar_with_one_line_changed(cifar: Path) -> None:
-    run(cifar, "dora", "run", "epochs=1")
+    dora(cifar, "epochs=1")
     [only] = history(folder(cifar.parent / "flashy_cifar_me"))
     assert [*only] == ["train", "valid"]
 
@@ -281,27 +283,27 @@ def test_flashys_cifar_with_one_line_changed(cifar: Path) -> None:
 def test_flashys_cifar(cifar: Path, tmp_path: Path) -> None:
     project = Path(shutil.copytree(cifar, tmp_path / "my-research"))
     follow(project, tmp_path, *[*STEPS][2:])
-    command = ["dora", "run", "epochs=4", "optim.lr=0.1"]
-    run(project, *command, MY_RESEARCH_DIR="whole")
+    options = ["epochs=4", "optim.lr=0.1"]
+    dora(project, *options, MY_RESEARCH_DIR="whole")
     whole = folder(project, "whole")
     losses = [epoch["train"]["loss"] for epoch in history(whole)]
     assert losses[-1] < 0.8 * losses[0], losses  # real training
     assert (whole / "outputs" / "valid_4" / "sample.png").is_file()
 
-    killed = subprocess.Popen(command, cwd=project, env=environment(), stderr=subprocess.DEVNULL)
-    while not (ends := list(project.glob("outputs/xps/*/history.json"))):
-        assert killed.poll() is None
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
+    gate = Gate(project)
+    killed = Command(project, "-m", "dora", "run", *options, env=environment())
+    killed.until(lambda: gate.reached() and list(project.glob("outputs/xps/*/history.json")))
+    killed.send(signal.SIGKILL)
     killed.wait()
-    assert len(history(ends[0].parent)) < 4
-    run(project, *command)
+    assert len(history(folder(project))) == 1
+    gate.open()
+    dora(project, *options)
     resumed = folder(project)
     same(state(resumed), state(whole))
 
     load = "from my_research.train import get_solver_from_sig as load; solver = load({!r});"
     show = "print(len(solver.history), next(solver.model.parameters()).device)"
-    said = run(project, sys.executable, "-c", load.format(resumed.name) + show)
+    said = python(project, "-c", load.format(resumed.name) + show, env=environment())
     assert said.splitlines()[-1] == "4 cpu"
 
 
@@ -314,7 +316,7 @@ def test_flashys_cifar_on_two_processes(cifar: Path, tmp_path: Path) -> None:
     solver.write_text(
         text.replace("        self.log_hyper", "        self.log_start()\n        self.log_hyper")
     )
-    run(project, "dora", "run", "-d", "--ddp_workers=2", "epochs=1")
+    dora(project, "-d", "--ddp_workers=2", "epochs=1")
     logs = [(folder(project) / f"solver.log.{rank}").read_text() for rank in (0, 1)]
     weights = [re.findall(r"model: .* weights (\w+)", log) for log in logs]
     assert len(weights[0]) == len({*weights[0]}) == 2
@@ -348,7 +350,7 @@ def pairs() -> dict[str, list[Block]]:
 def test_what_a_loop_was_before(toys: Path, title: str) -> None:
     pytest.importorskip(PEERS[title])
     [before] = [block for block in pairs()[title] if block.name == "before"]
-    run_python(before, toys, environment())
+    python(toys, "-c", before.text, env=environment())
 
 
 @pytest.mark.parametrize(
@@ -361,7 +363,7 @@ def test_what_a_loop_was_before(toys: Path, title: str) -> None:
 )
 def test_what_a_loop_is_after(toys: Path, title: str, name: str) -> None:
     [after] = [b for b in pairs()[title] if b.name == "after" or b.name == f"{name}.py"]
-    run_python(after, toys, environment())
+    python(toys, "-c", after.text, env=environment())
     learns(toys / "outputs" / name)
 
 
@@ -379,6 +381,6 @@ def test_weights_of_flashy_are_taken_over(tmp_path: Path) -> None:
     cfg = OmegaConf.create({"epochs": 10})
     torch.save({"model": model.state_dict(), "xp.cfg": cfg}, tmp_path / "checkpoint.th")
     [block] = [block for block in PAGE if block.name == "weights"]
-    run_python(block, tmp_path, environment())
+    python(tmp_path, "-c", block.text, env=environment())
     kept = torch.load(tmp_path / "weights.th")["model"]
     torch.testing.assert_close(kept["weight"], model.weight.data, rtol=0, atol=0)

@@ -3,12 +3,12 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, clean_environment, cookiecutter
+from .commands import run
+from .conftest import ROOT, Copy
 
 EXAMPLES = json.loads((ROOT / "cookiecutter.json").read_text())["example"]
 
@@ -115,24 +115,13 @@ length: 3
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_an_example_is_replaced(example: str, template: Path, tmp_path: Path) -> None:
-    env = clean_environment(tmp_path)
-    done = cookiecutter(template, tmp_path / "out", env, example=example)
-    assert done.returncode == 0, done.stderr
-    project = tmp_path / "out" / "my-research"
-
-    def run(*command: str, code: int = 0) -> str:
-        done = subprocess.run(
-            command, cwd=project, env=env, capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    dora = [sys.executable, "-m", "dora", "run", "epochs=1"]
-    [sig] = re.findall(r"Run (\w+) starts in epoch 1:", run(*dora, "trackers=[]"))
+def test_an_example_is_replaced(example: str, copy: Copy, tmp_path: Path) -> None:
+    project = copy(tmp_path, example=example)
+    dora = ["-m", "dora", "run", "epochs=1"]
+    [sig] = re.findall(r"Run (\w+) starts in epoch 1:", run(project, *dora, "trackers=[]"))
     readme = (project / "README.md").read_text()
     [snippet] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    run(sys.executable, "-c", snippet.replace("SIG", sig))
+    run(project, "-c", snippet.replace("SIG", sig))
     [tree] = re.findall(r"```\noutputs/xps/<sig>/\n(.*?)```", readme, re.DOTALL)
     listed = [re.sub(r"<\w+>", "*", line.split()[0]) for line in tree.splitlines()]
     folder = project / "outputs" / "xps" / sig
@@ -143,16 +132,16 @@ def test_an_example_is_replaced(example: str, template: Path, tmp_path: Path) ->
     # Without the first line, the run of the example is in the way.
     first, *others = delete.splitlines()
     assert first == "rm -rf outputs"
-    run("bash", "-euc", "\n".join(others))
+    subprocess.run(["bash", "-euc", "\n".join(others)], cwd=project, check=True)
     for name, text in OWN.items():
         (project / "my_research" / name).write_text(text)
-    assert "has changed since its last checkpoint" in run(*dora, code=1)
-    run("bash", "-euc", first)
-    assert "is complete" in run(*dora)
+    assert "has changed since its last checkpoint" in run(project, *dora, code=1)
+    subprocess.run(["bash", "-euc", first], cwd=project, check=True)
+    assert "is complete" in run(project, *dora)
     left = [*project.glob("my_research/config/**/*.yaml"), *project.glob("tests/test_*.py")]
     assert sorted(path.name for path in left) == [
         *("anomaly.yaml", "config.yaml", "limit.yaml", "test_config.py", "test_train.py")
     ]
     # By now the projects are alike, but for the grid.
     some = [] if example == "digits" else ["-k", "killed or head or wrong"]
-    run(sys.executable, "-m", "pytest", "-q", "tests", *some)
+    run(project, "-m", "pytest", "-q", "tests", *some)

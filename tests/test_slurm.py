@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +12,11 @@ import pytest
 
 from . import faults
 from .cluster import cluster, missing
-from .conftest import clean_environment, cookiecutter
+from .commands import Command, run
+from .conftest import Copy
+from .gate import Gate
 
-pytestmark = [
-    pytest.mark.skipif("SLURM_TESTS" not in os.environ, reason="run by `nox -s slurm`"),
-    pytest.mark.timeout(400),
-]
+pytestmark = pytest.mark.skipif("SLURM_TESTS" not in os.environ, reason="run by `nox -s slurm`")
 
 GRIDS = {
     "three": """
@@ -33,15 +31,18 @@ GRIDS = {
     launcher({"optim.lr": 3e-3})
 """,
     "long": """
-    launcher({"epochs": 30, "seed": 6, "data.num_workers": 1})
+    launcher({"epochs": 3, "seed": 6, "data.num_workers": 1})
 """,
     # Slurm's signal, due 90 s before the end, may come a minute earlier: with two minutes, at once.
     "limited": """
     launcher.slurm_(time=3)
-    launcher({"epochs": 110, "seed": 3})
+    launcher({"epochs": 3, "seed": 3})
 """,
 }
-LIMITED = ("epochs=110", "seed=3")
+CANCELLED = ("epochs=3", "seed=6", "data.num_workers=1")
+LIMITED = ("epochs=3", "seed=3")
+PREEMPTED = ("epochs=3", "seed=4")
+REQUEUED = ("epochs=3", "seed=5", "data.num_workers=1")
 
 
 class Lab:
@@ -50,16 +51,21 @@ class Lab:
     def __init__(self, project: Path, env: dict[str, str]) -> None:
         self.project = project
         self.env = env
+        # At which the runs that are to be stopped wait for that, by their overrides.
+        self.gates: dict[tuple[str, ...], Gate] = {
+            overrides: Gate(project, f"self.cfg.{overrides[1].replace('=', ' == ')}")
+            for overrides in (CANCELLED, LIMITED, PREEMPTED, REQUEUED)
+        }
 
-    def run(self, *command: str, code: int = 0, timeout: float = 180) -> str:
+    def run(self, *command: str) -> str:
         done = subprocess.run(
-            command, cwd=self.project, env=self.env, capture_output=True, text=True, timeout=timeout
+            command, cwd=self.project, env=self.env, capture_output=True, text=True
         )
-        assert done.returncode == code, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def dora(self, *args: str, code: int = 0) -> str:
-        return self.run(sys.executable, "-m", "dora", "-P", "my_research", *args, code=code)
+    def dora(self, *args: str) -> str:
+        return run(self.project, "-m", "dora", "-P", "my_research", *args, env=self.env)
 
     def launch(self, *args: str) -> str:
         """Start a run as a job; return the job's id."""
@@ -78,13 +84,12 @@ class Lab:
     def state(self, job: str) -> str:
         return self.run("sacct", "-j", job, "-n", "-X", "-P", "-o", "State").strip()
 
-    def wait(self, job: str, wanted: str, seconds: float = 180) -> None:
-        deadline = time.monotonic() + seconds
+    def wait(self, job: str, wanted: str) -> None:
         while not (state := self.state(job)).startswith(wanted):
-            ended = not state.startswith(("PENDING", "RUNNING", "COMPLETING", "REQUEUED"))
-            if ended or time.monotonic() > deadline:
-                pytest.fail(f"job {job} is {state}\n{self.said(job)}")
-            time.sleep(0.5)
+            # The accounting does not know a new job at once.
+            goes_on = not state or state.startswith(("PEND", "RUN", "COMPLETING", "REQUEUED"))
+            assert goes_on, f"job {job} is {state}\n{self.said(job)}"
+            time.sleep(0.2)
 
     def said(self, job: str) -> str:
         """What a job's processes wrote beside their runs' logs."""
@@ -95,30 +100,22 @@ class Lab:
         paths = sorted(folder.glob("solver.log.*"))
         return "\n".join(path.read_text() for path in paths)
 
-    def wait_for(self, folder: Path, text: str, seconds: float = 90) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.log(folder):
-            assert time.monotonic() < deadline, f"{text!r} is not in the log:\n{self.log(folder)}"
+    def reach(self, job: str, overrides: tuple[str, ...], processes: int = 1) -> None:
+        """Wait until the processes of a run are at its gate."""
+        while not self.gates[overrides].reached(processes):
+            assert self.state(job) in ("", "PENDING", "RUNNING"), self.said(job)
             time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Iterator[Lab]:
+def lab(tmp_path_factory: pytest.TempPathFactory, copy: Copy) -> Iterator[Lab]:
     assert not missing(), missing()
     folder = tmp_path_factory.mktemp("slurm")
-    rendered = cookiecutter(template, folder / "out", clean_environment(folder))
-    assert rendered.returncode == 0, rendered.stderr
-    project = folder / "out" / "my-research"
+    project = copy(folder)
     package = project / "my_research"
     config = package / "config" / "config.yaml"
     text = re.sub(r"epochs: 15", "epochs: 2", config.read_text())
     config.write_text(re.sub(r"trackers: \[.*?\]", "trackers: []", text))
-    # Long enough to be stopped, without keeping the machine busy.
-    solver = (
-        (package / "solver.py").read_text().replace("import math\n", "import math\nimport time\n")
-    )
-    pause = "            time.sleep(0.01)\n            step = self.run_step("
-    (package / "solver.py").write_text(solver.replace("            step = self.run_step(", pause))
     for name, body in GRIDS.items():
         head = "from my_research.grids.lr import Digits\n\n\n@Digits\ndef explorer(launcher):"
         (package / "grids" / f"{name}.py").write_text(head + body)
@@ -132,27 +129,22 @@ class Reference:
     def __init__(self, lab: Lab, name: str, ranks: int, *overrides: str) -> None:
         self.outputs = lab.project.parent / name
         distributed = ["-d", f"--ddp_workers={ranks}"] if ranks > 1 else []
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "dora", "-P", "my_research", "run", *distributed, *overrides],
-            cwd=lab.project,
-            env=lab.env | {"MY_RESEARCH_DIR": str(self.outputs)},
-            stderr=subprocess.DEVNULL,
-        )
+        command = ["-m", "dora", "-P", "my_research", "run", *distributed, *overrides]
+        env = lab.env | {"MY_RESEARCH_DIR": str(self.outputs)}
+        self.process = Command(lab.project, *command, env=env)
 
     def end(self) -> object:
-        assert self.process.wait(180) == 0
+        self.process.finish()
         [path] = self.outputs.glob("xps/*/checkpoint.th")
         return faults.load(path)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def out_of_time(lab: Lab) -> Iterator[tuple[str, Reference]]:
-    """The longest job, which all other tests run beside, and the same run with time enough."""
+def out_of_time(lab: Lab) -> str:
+    """The longest job, which all other tests run beside."""
     said = lab.dora("grid", "limited", "--no_monitoring")
     [job] = re.findall(r"Scheduled job (\d+)", said)
-    whole = Reference(lab, "whole-limited", 1, *LIMITED)
-    yield job, whole
-    whole.process.kill()
+    return str(job)
 
 
 def epochs(folder: Path) -> int:
@@ -181,51 +173,49 @@ def test_a_job_on_two_nodes(lab: Lab) -> None:
 def test_a_grid_with_an_array_and_a_failure(lab: Lab) -> None:
     said = lab.dora("grid", "three", "-i", "0.05")
     assert len(re.findall(r"Scheduled job \d+_\d", said)) == 2
-    states = re.findall(r" (UNK|PEN|RUN|COM|FAI) ", said.split("Grid:")[0])
+    states = re.findall(r" (UNK|PEN|RUN|COM|FAI) ", said)
     assert states[-3:] == ["COM", "COM", "FAI"], said
     assert "Invalid learning rate" in lab.log(lab.folder("optim.lr=-1.0"))
     assert epochs(lab.folder("optim.lr=0.001")) == 2
 
 
 def test_a_cancelled_job_stays_cancelled_and_can_go_on(lab: Lab) -> None:
-    overrides = ("epochs=30", "seed=6", "data.num_workers=1")
     said = lab.dora("grid", "long", "--no_monitoring")
     [job] = re.findall(r"Scheduled job (\d+)", said)
-    folder = lab.folder(*overrides)
-    lab.wait_for(folder, "Train | Epoch 2 ")
+    lab.reach(job, CANCELLED)
     lab.dora("grid", "long", "--cancel")
     lab.wait(job, "CANCELLED")
-    lab.wait_for(folder, "Stopped by ")
-    time.sleep(3)
+    folder = lab.folder(*CANCELLED)
+    while "Stopped by " not in lab.log(folder):
+        time.sleep(0.1)
+    lab.gates[CANCELLED].open()
+    lab.wait(lab.launch("-r", *CANCELLED), "COMPLETED")
     assert lab.state(job).startswith("CANCELLED")
-    lab.wait(lab.launch("-r", *overrides), "COMPLETED")
-    assert epochs(folder) == 30
+    assert epochs(folder) == 3
 
 
 def test_preempted_and_requeued_no_step_is_lost(lab: Lab) -> None:
-    preempted = ("-g", "2", "epochs=24", "seed=4")
-    requeued = ("epochs=24", "seed=5", "data.num_workers=1")
-    folders = [lab.folder(*preempted[2:]), lab.folder(*requeued)]
-    jobs = []
-    ask = [("scancel", "--signal=USR2"), ("scontrol", "requeue")]
-    for overrides, folder, command in zip((preempted, requeued), folders, ask, strict=True):
-        jobs.append(lab.launch(*overrides))
-        lab.wait_for(folder, "Train | Epoch 2 ")
-        lab.run(*command, jobs[-1])
-    wholes = [
-        Reference(lab, "whole-preempted", 2, *preempted[2:]),
-        Reference(lab, "whole-requeued", 1, *requeued),
-    ]
-    for job in jobs:
+    preempted = lab.launch("-g", "2", *PREEMPTED)
+    requeued = lab.launch(*REQUEUED)
+    lab.reach(preempted, PREEMPTED, processes=2)
+    lab.run("scancel", "--signal=USR2", preempted)
+    lab.reach(requeued, REQUEUED)
+    lab.run("scontrol", "requeue", requeued)
+    for job, overrides, ranks in ((preempted, PREEMPTED, 2), (requeued, REQUEUED, 1)):
+        folder = lab.folder(*overrides)
+        while "Stopped by " not in lab.log(folder):
+            time.sleep(0.1)
+        lab.gates[overrides].open()
+        whole = Reference(lab, f"whole-{ranks}", ranks, *overrides)
         lab.wait(job, "COMPLETED")
-    for folder, whole in zip(folders, wholes, strict=True):
-        assert "Stopped by " in lab.log(folder), folder
         assert faults.same(faults.load(folder / "checkpoint.th"), whole.end()), folder
 
 
-def test_out_of_time_no_step_is_lost(lab: Lab, out_of_time: tuple[str, Reference]) -> None:
-    job, whole = out_of_time
-    lab.wait(job, "COMPLETED", seconds=300)
+def test_out_of_time_no_step_is_lost(lab: Lab, out_of_time: str) -> None:
     folder = lab.folder(*LIMITED)
-    assert "Stopped by SIGUSR2" in lab.log(folder)
+    while "Stopped by SIGUSR2" not in lab.log(folder):
+        time.sleep(0.1)
+    lab.gates[LIMITED].open()
+    whole = Reference(lab, "whole-limited", 1, *LIMITED)
+    lab.wait(out_of_time, "COMPLETED")
     assert faults.same(faults.load(folder / "checkpoint.th"), whole.end())

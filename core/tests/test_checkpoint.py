@@ -260,7 +260,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch, until: threading.Event) -> None:
     real = checkpoint.save
 
     def slow(*args: Any) -> None:
-        assert until.wait(30)
+        until.wait()
         real(*args)
 
     monkeypatch.setattr(checkpoint, "save", slow)

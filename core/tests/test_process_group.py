@@ -1,4 +1,4 @@
-"""Ranks that disagree, leave or die: real processes, and how soon the others say so."""
+"""Ranks that disagree, leave or die: real processes, and what the others say."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ def _train(model: nn.Module) -> None:
         model(torch.ones(2, 3)).sum().backward()
 
 
-def _go_wrong(how: str) -> tuple[str, float]:
-    """What this rank is told of the mistake of rank one, and after how many seconds."""
+def _go_wrong(how: str) -> str:
+    """What this rank is told of the mistake of rank one."""
     wrong = distrib.rank() == 1
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     _train(model)
-    begin = time.monotonic()
     try:
         if how == "calls something else":
             distrib.broadcast_object(1) if wrong else distrib.average_metrics({"x": 1})
@@ -53,11 +52,9 @@ def _go_wrong(how: str) -> tuple[str, float]:
                 time.sleep(2.5 * watchdog.WATCHDOG_SECONDS)
             _train(model)
             distrib.barrier()
-    except RuntimeError as error:
-        return str(error), time.monotonic() - begin
-    except ValueError as error:
-        return str(error), 0
-    return "no error", 0
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "no error"
 
 
 @pytest.mark.parametrize(
@@ -79,14 +76,10 @@ def _go_wrong(how: str) -> tuple[str, float]:
     ],
 )
 def test_nobody_hangs_when_rank_one(how: str, told: str) -> None:
-    # Less than the timeout of the process group: nor does the end of the processes hang.
-    results: list[Any] = on_ranks(_go_wrong, how, timeout=30)
-    said, seconds = results[0]
-    assert told in said
-    assert seconds < 10
-    if "rank 1 in" in said:  # both are told
-        assert results[1][1] < 10
-        assert results[1][0].startswith("ranks disagree: rank 1 is in ")
+    zero, one = on_ranks(_go_wrong, how)
+    assert told in zero
+    if "rank 1 in" in zero:  # both are told
+        assert one.startswith("ranks disagree: rank 1 is in ")
 
 
 def test_a_collective_that_ends_just_after_the_time_is_up_has_not_failed() -> None:

@@ -6,8 +6,6 @@ import inspect
 import json
 import os
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from .. import xp
-from ..history import HistoryFile
+from core import xp
+from core.history import HistoryFile
+
+from ..commands import run
 
 CORE = Path(xp.__file__).parent.resolve()
 
@@ -112,19 +112,9 @@ def toy(tmp_path: Path) -> Path:
     return repo
 
 
-def python(
-    repo: Path, *command: str, cwd: Path | None = None, code: int = 0, **env: str
-) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd or repo,
-        env=os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"} | env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+def python(repo: Path, *command: str, cwd: Path | None = None, code: int = 0, **env: str) -> str:
+    """What a command says, that may end with another exit status."""
+    return run(cwd or repo, *command, code=code, env=os.environ | {"PYTHONPATH": str(repo)} | env)
 
 
 def runs(repo: Path) -> list[Path]:
@@ -132,9 +122,9 @@ def runs(repo: Path) -> list[Path]:
 
 
 def test_a_run_has_a_folder_by_its_overrides(toy: Path, tmp_path: Path) -> None:
-    assert "trained 0.1 float" in python(toy, "-m", "toy.train").stdout
+    assert "trained 0.1 float" in python(toy, "-m", "toy.train")
     # The folder belongs to the repo, not to where one stands; types are those of the schema.
-    assert "trained 1.0 float" in python(toy, "-m", "toy.train", "lr=1", cwd=tmp_path).stdout
+    assert "trained 1.0 float" in python(toy, "-m", "toy.train", "lr=1", cwd=tmp_path)
     python(toy, "-m", "dora", "-P", "toy", "run", "lr=1")
     assert len(runs(toy)) == 2
     assert not list(tmp_path.glob("outputs"))
@@ -162,7 +152,7 @@ def test_a_run_has_a_folder_by_its_overrides(toy: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_override_is_one_line(toy: Path, override: str, said: str) -> None:
-    line = python(toy, "-m", "toy.train", override, code=1).stderr.strip()
+    line = python(toy, "-m", "toy.train", override, code=1).strip()
     assert re.fullmatch(f"Config error: .*({said}).*", line), line
     assert not runs(toy)
 
@@ -177,16 +167,16 @@ def test_a_choice_from_a_group_makes_a_run_unless_it_is_the_default(toy: Path) -
     for overrides in ([], ["size=small"], ["size=large"], ["size=large", "lr=0.2"]):
         python(toy, "-m", "toy.train", *overrides)
     assert len(runs(toy)) == 2
-    said = python(toy, "-m", "toy.train", "size=larg", code=1).stderr
+    said = python(toy, "-m", "toy.train", "size=larg", code=1)
     assert said == "Config error: there is no size=larg: size is one of large, small\n"
-    said = python(toy, "-m", "toy.train", "sise=large", code=1).stderr
+    said = python(toy, "-m", "toy.train", "sise=large", code=1)
     assert said.endswith("did you mean 'size'?\n")
 
 
 def test_a_wrong_config_file_is_one_line(toy: Path) -> None:
     with (toy / "toy" / "config" / "config.yaml").open("a") as file:
         file.write("lrr: 3\n")
-    error = python(toy, "-m", "toy.train", code=1).stderr
+    error = python(toy, "-m", "toy.train", code=1)
     assert re.search(
         r"Config error in config\.yaml: .*lrr.* its type in schema.py", error.splitlines()[-1]
     ), error
@@ -208,60 +198,60 @@ def test_a_wrong_config_file_is_one_line(toy: Path) -> None:
 def test_a_wrong_line_in_the_config_is_named(toy: Path, line: str, said: str) -> None:
     path = toy / "toy" / "config" / "config.yaml"
     path.write_text(path.read_text().replace("lr: 0.1", line))
-    error = python(toy, "-m", "toy.train", code=1).stderr.strip()
+    error = python(toy, "-m", "toy.train", code=1).strip()
     assert re.fullmatch(f"{said}.*", error), error
 
 
 def test_a_folder_that_cant_be_written_is_one_line(toy: Path) -> None:
     for command in (["toy.train"], ["dora", "-P", "toy", "run"]):
-        error = python(toy, "-m", *command, code=1, TOY_DIR="/dev/null").stderr.strip()
+        error = python(toy, "-m", *command, code=1, TOY_DIR="/dev/null").strip()
         assert re.fullmatch("Runs can't be written: .*/dev/null/.*another dora.dir", error), error
 
 
 def test_an_unknown_signature_is_named_with_the_nearest(toy: Path) -> None:
     python(toy, "-m", "toy.train", "lr=3")
-    [run] = runs(toy)
-    ask = f"from toy.train import main; main.get_xp_from_sig({run.name[:-1] + '_'!r})"
-    error = python(toy, "-c", ask, code=1).stderr
-    assert f"did you mean {run.name}?" in error.splitlines()[-1]
-    (run / "history.json").unlink()  # what trained nothing is no help
-    assert "the report lists the runs" in python(toy, "-c", ask, code=1).stderr
+    [folder] = runs(toy)
+    ask = f"from toy.train import main; main.get_xp_from_sig({folder.name[:-1] + '_'!r})"
+    error = python(toy, "-c", ask, code=1)
+    assert f"did you mean {folder.name}?" in error.splitlines()[-1]
+    (folder / "history.json").unlink()  # what trained nothing is no help
+    assert "the report lists the runs" in python(toy, "-c", ask, code=1)
 
 
 def test_help_and_config_belong_to_no_run(toy: Path) -> None:
-    assert "momentum: 0.9" in python(toy, "-m", "toy.train", "--cfg", "job").stdout
-    assert "momentum: 0.9" in python(toy, "-m", "toy.train", "--help").stdout
+    assert "momentum: 0.9" in python(toy, "-m", "toy.train", "--cfg", "job")
+    assert "momentum: 0.9" in python(toy, "-m", "toy.train", "--help")
     assert not runs(toy)
 
 
 def test_an_interrupt_says_how_to_resume(toy: Path) -> None:
-    error = python(toy, "-m", "toy.train", "epochs=0", code=130).stderr
+    error = python(toy, "-m", "toy.train", "epochs=0", code=130)
     assert "The same command resumes after epoch 1." in error
-    error = python(toy, "-m", "toy.train", "epochs=-1", code=130).stderr
+    error = python(toy, "-m", "toy.train", "epochs=-1", code=130)
     assert "The same command starts anew: no epoch was committed." in error
     assert "Traceback" not in error
 
 
 def test_runs_are_found_again(toy: Path) -> None:
     python(toy, "-m", "toy.train", "lr=3")
-    [run] = runs(toy)
-    stored = run / ".argv.json"
+    [folder] = runs(toy)
+    stored = folder / ".argv.json"
     stored.write_text(json.dumps([*json.loads(stored.read_text()), "dora.dir=/away"]))  # once taken
     code = f"""
         from hydra.core.global_hydra import GlobalHydra
         from toy.train import main
         for _ in range(2):
-            found = main.get_xp_from_sig({run.name!r})
-            assert found.cfg.lr == 3 and found.sig == {run.name!r}, found
+            found = main.get_xp_from_sig({folder.name!r})
+            assert found.cfg.lr == 3 and found.sig == {folder.name!r}, found
             assert main.get_xp(["lr=3"]).sig == found.sig
             assert main.get_xp(["lr=4"]).sig != found.sig
             assert found.link.load() or found.link.history == [{{"lr": 3}}]
         assert not GlobalHydra.instance().is_initialized()
     """
     python(toy, "-c", textwrap.dedent(code))
-    command = ["-m", "dora", "-P", "toy", "run", "-f", run.name]
+    command = ["-m", "dora", "-P", "toy", "run", "-f", folder.name]
     for override in ("+optim.lrr=5", "dora.dir=/away"):
-        assert f"Config error: {override}: " in python(toy, *command, override, code=1).stderr
+        assert f"Config error: {override}: " in python(toy, *command, override, code=1)
 
 
 def test_flashys_example_runs_with_the_import_changed(toy: Path) -> None:

@@ -19,23 +19,24 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from .. import BaseSolver, checkpoint, distrib
-from .. import loader as loading
-from ..loader import loader
-from ..rng import seed_everything
-from ..utils import UserError
-from ..xp import Preempted
-from .processes import on_ranks
+from core import BaseSolver, checkpoint, distrib
+from core import loader as loading
+from core.loader import loader
+from core.rng import seed_everything
+from core.tests.processes import on_ranks
+from core.utils import UserError
+from core.xp import Preempted
 
-README = Path(__file__).parent.parent / "README.md"
-CORE = __package__.removesuffix(".tests")
+from ..conftest import ROOT
+
+README = ROOT / "core" / "README.md"
 
 
 def recipe(title: str, **names: Any) -> dict[str, Any]:
     """Run the block under a heading; return all that it defines, or was given."""
     [text] = re.findall(rf"^### {title}\n(.*?)(?=^##|\Z)", README.read_text(), re.M | re.S)
     [block] = re.findall(r"```python\n(.*?)```", text, re.S)
-    exec(compile(block.replace("from .core", f"from {CORE}"), str(README), "exec"), names)
+    exec(compile(block.replace("from .core", "from core"), str(README), "exec"), names)
     return names
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from .. import BaseSolver, distrib
-from ..weights import EMA, Best
-from .processes import on_ranks
+from core import BaseSolver, distrib
+from core.tests.processes import on_ranks
+from core.weights import EMA, Best
 
 
 class Solver(BaseSolver):

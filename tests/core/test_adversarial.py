@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..adversarial import AdversarialLoss
+from core.adversarial import AdversarialLoss
 
 
 def make() -> AdversarialLoss:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from .. import report
-from ..report import differences, find_runs, table
-from .test_solver import Solver
+from core import report
+from core.report import differences, find_runs, table
+from core.tests.test_solver import Solver
 
 pytest.importorskip("plotly")
 

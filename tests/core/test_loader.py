@@ -1,0 +1,147 @@
+"""Workers of a loader and the signals that reach them; what a loader refuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from core import distrib, loader
+from core.tests.test_loader import Numbers, Stream, be_rank
+from core.utils import UserError
+from core.xp import SIGNALS
+
+from ..commands import ROOT, Command, run
+
+WITH_CORE = os.environ | {"PYTHONPATH": ROOT}
+
+
+class Asked(Numbers):
+    """Its worker is asked to stop, as Slurm asks all processes of a job."""
+
+    signals = SIGNALS
+
+    def __getitem__(self, index: int) -> int:
+        for number in self.signals if index == 0 else []:
+            os.kill(os.getpid(), number)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_leave_a_request_to_stop_to_the_run(context: str) -> None:
+    asked = Asked(6)
+    if context == "spawn":
+        asked.signals = [number for number in SIGNALS if number != signal.SIGTERM]
+    made = loader.loader(asked, 2, num_workers=1, multiprocessing_context=context)
+    assert torch.cat(list(made)).tolist() == list(range(6))
+    iterator = iter(made)
+    next(iterator)
+    [worker] = iterator._workers
+    worker.terminate()  # as multiprocessing does once, and waits, if a process ends that iterates
+    worker.join()
+    assert worker.exitcode == 0
+
+
+def test_a_worker_that_is_asked_to_stop_as_it_starts_goes_on(tmp_path: Path) -> None:
+    code = """
+import os, signal
+from core import loader
+from core.tests.test_loader import Numbers
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+print(sum(int(batch.sum()) for batch in loader.loader(Numbers(6), 2, num_workers=2)))
+assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+"""
+    assert run(tmp_path, "-c", code, env=WITH_CORE) == "15\n"
+
+
+def test_what_makes_a_resume_inexact_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    loader.loader(Numbers(4), batch_size=None)
+    loader.loader(Stream(), None, num_workers=1)
+    assert not caplog.text
+    loader.loader(Numbers(4), None, num_workers=1)
+    loader.loader(Numbers(4), 2, num_workers=1, persistent_workers=True)
+    said = [message.partition(":")[0] for message in caplog.messages]
+    assert said == ["batch_size=None", "persistent_workers"]
+
+
+class Half(loader.EpochSampler):
+    def order(self, generator: torch.Generator) -> list[int]:
+        return [*range(len(self.dataset) // 2)]
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="an order and an end"):
+        loader.loader(Stream(), shuffle=True)
+    with pytest.raises(ValueError, match="an end of its own"):
+        loader.loader(Stream(), updates_per_epoch=1)
+    with pytest.raises(ValueError, match="an end of its own"):
+        loader.loader(Stream(), limit=1)
+    with pytest.raises(UserError, match="limit=-1; give a number"):
+        loader.loader(Numbers(3), limit=-1)
+    with pytest.raises(ValueError, match="at least one update"):
+        loader.loader(Numbers(3), updates_per_epoch=0)
+    with pytest.raises(ValueError, match=r"sampler= is a subclass.*DataLoader"):
+        loader.loader(Numbers(3), sampler=range(3))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_sampler, is not shared"):
+        loader.loader(Numbers(3), batch_sampler=[[0], [1, 2]])
+    with pytest.raises(ValueError, match=r"Half\.order gave 1 indices for 3 examples: one each"):
+        list(loader.loader(Numbers(3), sampler=Half).sampler)
+    be_rank(monkeypatch, 0, 2)
+    assert loader.split_batch(8) == 4
+    with pytest.raises(UserError, match="positive multiple"):
+        loader.split_batch(7)
+
+
+def test_any_class_of_loader_and_flashys_address() -> None:
+    class Mine(torch.utils.data.DataLoader[int]):
+        pass
+
+    assert isinstance(distrib.loader(Numbers(3), klass=Mine), Mine)
+
+
+FORKING = """
+import multiprocessing, os, pathlib, signal, sys, time
+from core.loader import _WorkerStart
+
+def work():
+    pathlib.Path("pid").write_text(str(os.getpid()))
+    while not pathlib.Path("go").exists():
+        time.sleep(0.01)
+    _WorkerStart(0, None)(0)
+    pathlib.Path("alive").touch()
+    signal.pause()
+
+worker = multiprocessing.get_context("fork").Process(target=work)
+worker.start()
+if {killed}:
+    while not pathlib.Path("pid").exists():
+        time.sleep(0.01)
+    os._exit(0)
+worker.join()
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_worker_whose_parent_was_killed_while_forking_ends(killed: bool, tmp_path: Path) -> None:
+    parent = Command(tmp_path, "-c", FORKING.format(killed=killed), env=WITH_CORE)
+    alive = tmp_path / "alive"
+    if killed:
+        parent.finish()
+    else:
+        parent.until((tmp_path / "pid").exists)
+    pid = int((tmp_path / "pid").read_text())
+    (tmp_path / "go").touch()
+    if killed:
+        while (status := Path(f"/proc/{pid}/status")).exists():
+            if "State:\tZ" in status.read_text():  # nobody may wait for it
+                break
+            time.sleep(0.01)
+        assert not alive.exists()
+    else:
+        parent.until(alive.exists)
+        os.kill(pid, signal.SIGKILL)
+        parent.finish()
