@@ -28,24 +28,36 @@ RUNTIME = (
     "wandb",
 )
 TOOLS = (
-    *("build", "cookiecutter", "editables", "hatchling", "hiplot", "mypy", "nox", "optuna"),
-    *("pre-commit", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "sp-repo-review[cli]"),
+    "build",
+    "cookiecutter",
+    "editables",
+    "hatchling",
+    "hiplot",
+    "mypy",
+    "nox",
+    "optuna",
+    "pre-commit",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+    "sp-repo-review[cli]",
     "zizmor",
 )
 PEERS = ("accelerate", "flashy", "lightning", "lightning-fabric", "pytorch-ignite")
 
 SHARED = ("-n", "3", "--dist", "worksteal")  # tests wait more than they work
-# All tests, in parts that CI runs side by side; those of Slurm have a session of their own.
+# All tests, the longest first, in parts that CI runs side by side. Slurm has its own session.
 PARTS = {
-    "core": ["core/tests", "tests/core"],
-    "docs": [
-        f"tests/test_{name}.py"
-        for name in ("docs", "migration", "recipes", "replacing", "troubleshooting")
+    "template": [
+        f"tests/test_{name}.py" for name in ("run", "home", "sweep", "update", "render", "answers")
     ],
     "matrix": ["tests/test_matrix.py", "tests/test_faults.py"],
-    "template": [
-        f"tests/test_{name}.py" for name in ("answers", "home", "render", "run", "sweep", "update")
+    "docs": [
+        f"tests/test_{name}.py"
+        for name in ("replacing", "docs", "migration", "recipes", "troubleshooting")
     ],
+    "core": ["tests/core", "core/tests"],
 }
 
 nox.options.sessions = ["lint", "tests"]

@@ -69,13 +69,13 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         _start(folder, env, started)
         yield env
     finally:
+        lines = hosts.read_text().splitlines(keepends=True)
+        hosts.write_text("".join(line for line in lines if MARK not in line))
         jobs = _run(["squeue", "-h", "-o", "%A"], env).split()
         if jobs:
             _run(["scancel", *jobs], env)
             _wait(lambda: not _run(["squeue", "-h"], env))  # until they have ended
         _stop(folder, started)
-        lines = hosts.read_text().splitlines(keepends=True)
-        hosts.write_text("".join(line for line in lines if MARK not in line))
 
 
 def _configure(folder: Path, ports: list[int]) -> None:
@@ -133,7 +133,7 @@ SelectTypeParameters=CR_CPU_Memory
 DefMemPerCPU=100
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0,batch_sched_delay=0
 SlurmdParameters=config_overrides
-KillWait=5
+KillWait=60
 CompleteWait=0
 ReturnToService=2
 JobRequeue=1
@@ -171,11 +171,13 @@ def _start(folder: Path, env: dict[str, str], started: list[int]) -> None:
         )  # fmt: skip
     started.append(server.pid)
     ping = ["mariadb-admin", "--no-defaults", f"--socket={sock}", "ping"]
-    _wait(lambda: "alive" in _run(ping, env))
+    _wait(lambda: "alive" in _run(ping, env) or server.poll() is not None)
+    assert server.poll() is None, (log / "mariadb.log").read_text()
     # Slurm finds the database's socket by this variable.
     subprocess.run(["slurmdbd"], env=env | {"MYSQL_UNIX_PORT": str(sock)}, check=True)
     add = ["sacctmgr", "-i", "-Q", "add", "cluster", "test"]
-    _wait(lambda: _succeeds(add, env))
+    listed = ["sacctmgr", "-n", "list", "cluster"]
+    _wait(lambda: _succeeds(add, env) or "test" in _run(listed, env))
     subprocess.run(["slurmctld"], env=env, check=True)
     for name in NODES:
         (folder / "spool" / name).mkdir()
@@ -191,7 +193,12 @@ def _stop(folder: Path, started: list[int]) -> None:
     for pid in [*pids, *started]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-            _wait(lambda: _is_gone(pid))  # noqa: B023
+            for _ in range(600):
+                if _is_gone(pid):
+                    break
+                time.sleep(0.1)
+            else:
+                os.kill(pid, signal.SIGKILL)
 
 
 def _is_gone(pid: int) -> bool:
@@ -215,7 +222,7 @@ def _succeeds(command: list[str], env: dict[str, str]) -> bool:
 
 
 def _wait(condition: Callable[[], bool]) -> None:
-    """Wait without a limit: pytest's own is that of all tests."""
+    """Wait for as long as pytest's `timeout` lets us."""
     while not condition():
         time.sleep(0.1)
 

@@ -1,8 +1,9 @@
 """Start Python commands in processes forked from one that has imported PyTorch already.
 
-To import PyTorch, Hydra and Dora takes seconds, and the tests start hundreds of commands. Such a
-process is otherwise as `python -m NAME` or `python -c CODE` makes it: its folder, environment,
-arguments, signals, exit status and output are its own.
+Importing PyTorch, Hydra and Dora takes seconds, and the tests start hundreds of commands. A forked
+command has its own folder, environment, arguments, signals, exit status and output, as if started
+by `python -m NAME` or `python -c CODE`. What Python and its libraries read from the environment
+when they start, such as PYTHONHASHSEED, is the same for all.
 """
 
 import atexit
@@ -14,24 +15,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+
+import numpy
 
 T = TypeVar("T")
 ROOT = str(Path(__file__).parent.parent)
 FORKS: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-# With what they import; of cookiecutter only that, as its own code looks up the home at once.
+# Of cookiecutter only the dependencies: its own code reads HOME when it is imported.
 PRELOAD = [
-    *(
-        "dora.grid",
-        "dora.launch",
-        "hydra",
-        "sklearn.datasets",
-        "torch._dynamo",
-        "torch.utils.tensorboard",
-    ),
-    *("arrow", "binaryornot", "click", "jinja2", "requests", "rich.prompt", "slugify", "yaml"),
+    "arrow",
+    "binaryornot",
+    "click",
+    "dora.grid",
+    "dora.launch",
+    "hydra",
+    "jinja2",
+    "requests",
+    "rich.prompt",
+    "sklearn.datasets",
+    "slugify",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "yaml",
 ]
+os.environ["OMP_NUM_THREADS"] = "1"  # the processes of the tests share few cores
+FORKS.set_forkserver_preload(PRELOAD)
 
 
 class Command:
@@ -47,11 +58,15 @@ class Command:
         folder: Path,
         *arguments: str,
         env: Mapping[str, str] = os.environ,
-        prepare: Callable[[], Any] = int,
+        prepare: Callable[[], Any] | None = None,
     ) -> None:
-        """Start it in a folder; `arguments` are those of `python`, beginning with -m or -c.
+        """Start it in a folder.
 
-        `prepare` is called first in the new process, and must be a function that can be pickled.
+        Args:
+            folder: the working directory.
+            arguments: those of `python`, beginning with -m or -c.
+            env: all of its environment.
+            prepare: called first in the new process; a function that can be pickled.
         """
         self._file = tempfile.NamedTemporaryFile()  # noqa: SIM115
         how = (folder, arguments, dict(env), self._file.name, prepare)
@@ -76,10 +91,11 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         """Send a signal, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def until(self, event: Callable[[], T]) -> T:
-        """Wait for an event, until when the command must go on; return what tells of it."""
+        """Wait until `event()` is true and return its value; fail if the command ends first."""
         while not (found := event()):
             assert self.poll() is None, f"it has ended:\n{self.said}"
             time.sleep(0.01)
@@ -101,18 +117,28 @@ def run(folder: Path, *arguments: str, code: int = 0, env: Mapping[str, str] = o
     return Command(folder, *arguments, env=env).finish(code)
 
 
+def gone(pid: int | str) -> bool:
+    """Whether a process has ended; a zombie, which nobody may ever reap, has."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+
+
 def _execute(
     folder: Path,
     arguments: tuple[str, ...],
     env: dict[str, str],
     said: str,
-    prepare: Callable[[], Any],
+    prepare: Callable[[], Any] | None,
 ) -> None:
-    """Be the command, in this process."""
-    prepare()
+    """Run the command in this process."""
+    if prepare is not None:
+        prepare()
     os.environ.clear()
     os.environ.update(env)
     tempfile.tempdir = None
+    numpy.random.seed()
     os.chdir(folder)
     output = os.open(said, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)

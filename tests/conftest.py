@@ -9,19 +9,14 @@ from pathlib import Path
 
 import pytest
 
-import core.tests.processes  # noqa: F401  which names modules for the fork server, fewer than we do
+import core.tests.processes  # noqa: F401  (first, as its list of modules to preload is shorter)
 
-from .commands import FORKS, PRELOAD, Command
+from .commands import Command
 
 ROOT = Path(__file__).parent.parent
 
-# Of every process that the tests start: they share few cores.
-os.environ["OMP_NUM_THREADS"] = "1"
-
 # Shells let what they start in the background ignore Ctrl-C, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-FORKS.set_forkserver_preload(PRELOAD)
 
 Render = Callable[..., str]
 

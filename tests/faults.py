@@ -13,10 +13,12 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,8 @@ from typing import Any
 
 import torch
 
-from .commands import FORKS, PRELOAD, Command
+from .commands import Command, gone
+from .gate import Gate
 
 # Shuffling and dropout are in the digits; this adds random numbers that are drawn in workers.
 AUGMENTATION = '''
@@ -75,6 +78,7 @@ class Run:
 
     project: Path
     outputs: Path
+    gate: Gate  # in the epoch that the environment variable HOLD tells
     ranks: int = 1
 
     @property
@@ -86,14 +90,22 @@ class Run:
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.th"
 
-    def start(self, prepare: Callable[[], Any] = int) -> Command:
-        env = os.environ | {"MY_RESEARCH_DIR": str(self.outputs), "OMP_NUM_THREADS": "1"}
-        env |= {"PYTHONPATH": str(self.project)}
+    @property
+    def command(self) -> list[str]:
+        """Arguments of `python`."""
         distributed = ["-d", f"--ddp_workers={self.ranks}"] if self.ranks > 1 else []
-        command = ["-m", "dora", "-P", "my_research", "run", *distributed, *CONFIG]
-        return Command(self.project, *command, env=env, prepare=prepare)
+        return ["-m", "dora", "-P", "my_research", "run", *distributed, *CONFIG]
 
-    def finish(self, prepare: Callable[[], Any] = int) -> tuple[int, str]:
+    @property
+    def env(self) -> dict[str, str]:
+        return os.environ | {"MY_RESEARCH_DIR": str(self.outputs)}
+
+    def start(self, prepare: Callable[[], Any] | None = None, hold: int = 0) -> Command:
+        """Train; wait in epoch `hold` for ever."""
+        env = self.env | {"HOLD": str(hold)}
+        return Command(self.project, *self.command, env=env, prepare=prepare)
+
+    def finish(self, prepare: Callable[[], Any] | None = None) -> tuple[int, str]:
         process = self.start(prepare)
         return process.wait(), process.said
 
@@ -107,10 +119,9 @@ class Run:
         return False
 
     def interrupt(self, epochs: int = 3) -> None:
-        """Train, and kill when so many epochs are committed."""
-        process = self.start()
-        while process.poll() is None and self.committed() < epochs:
-            time.sleep(0.002)
+        """Train, and kill in the epoch after so many are committed."""
+        process = self.start(hold=epochs + 1)
+        process.until(lambda: self.gate.holds(process.pid) and self.committed() == epochs)
         process.send(signal.SIGKILL)
         process.wait()
 
@@ -200,8 +211,9 @@ def killed_inside_the_write(run: Run, rng: random.Random) -> None:
 
 
 def children_of(process: Command) -> list[str]:
-    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return listed.read_text().split() if process.poll() is None else []
+    with suppress(OSError):  # it may have ended
+        return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return []
 
 
 def one_of_two_ranks_killed(run: Run, rng: random.Random) -> None:
@@ -223,7 +235,7 @@ def launcher_of_two_ranks_killed(run: Run, rng: random.Random) -> None:
     children = children_of(process)
     process.send(signal.SIGKILL)
     process.wait()
-    while any(Path(f"/proc/{child}").exists() for child in children):
+    while not all(map(gone, children)):
         time.sleep(0.01)  # until they see that they are alone, and have saved
     [log] = run.outputs.glob("xps/*/solver.log.0")
     stopped = re.search("Stopped by SIGTERM after (step|epoch)", log.read_text())
@@ -355,12 +367,18 @@ class Campaign:
     references: dict[int, dict[str, Any]] = field(default_factory=dict)
     table: Counter[tuple[str, str]] = field(default_factory=Counter)
 
+    def __post_init__(self) -> None:
+        """Give the project random numbers in the workers of its loader, and a gate."""
+        with (self.project / "my_research" / "data.py").open("a") as file:
+            file.write(AUGMENTATION)
+        self.gate = Gate(self.project, 'str(self.epoch) == os.environ.get("HOLD")')
+
     def reference(self, ranks: int) -> dict[str, Any]:
         """The last checkpoint of a run that nothing befalls."""
         if ranks not in self.references:
-            run = Run(self.project, self.work / f"reference-{ranks}", ranks)
-            code, said = run.finish()
-            assert code == 0, said
+            run = Run(self.project, self.work / f"reference-{ranks}", self.gate, ranks)
+            # Started afresh: a fork would have, with the others, the same seed of hashes.
+            subprocess.run([sys.executable, *run.command], cwd=run.project, env=run.env, check=True)
             self.references[ranks] = load(run.checkpoint)
         return self.references[ranks]
 
@@ -368,7 +386,7 @@ class Campaign:
         """Break a run, start it again, and return what became of it."""
         name = fault.__name__
         number = sum(count for (tried, _), count in self.table.items() if tried == name)
-        run = Run(self.project, self.work / f"{name}-{number}")
+        run = Run(self.project, self.work / f"{name}-{number}", self.gate)
         mend = fault(run, random.Random(f"{self.seed} {name} {number}"))
         code, said = run.finish(drop_privilege)
         outcome = WARNED if "[WARNING]" in said else EXACT
@@ -399,16 +417,8 @@ class Campaign:
         return "\n".join(lines)
 
 
-def augment(project: Path) -> None:
-    """Give a rendered digits project random numbers in the workers of its loader."""
-    with (project / "my_research" / "data.py").open("a") as file:
-        file.write(AUGMENTATION)
-
-
 def main(project: str, trials: str = "200") -> None:
     """Go through the faults again and again, until so many were tried."""
-    FORKS.set_forkserver_preload(PRELOAD)
-    augment(Path(project))
     campaign = Campaign(Path(project), Path(project).parent / "runs")
     for number, fault in zip(range(int(trials)), itertools.cycle(FAULTS)):
         print(f"{number + 1} of {trials}: {fault.__name__}: {campaign.attempt(fault)}", flush=True)

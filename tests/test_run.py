@@ -14,6 +14,7 @@ import pytest
 
 from .commands import Command, run
 from .conftest import ROOT, Copy
+from .faults import load, same
 from .gate import Gate
 
 
@@ -67,6 +68,21 @@ def test_ctrl_c_and_on(project: Path) -> None:
     assert "Config of run" not in said
     assert "is complete after epoch 3: " in said
     assert len(history(project)) == 3
+
+
+@pytest.mark.promise
+def test_asked_to_stop_it_goes_on_with_the_next_step(project: Path) -> None:
+    gate = Gate(project)
+    train = ["-m", "dora", "run", "epochs=3", "trackers=[]", "data.num_workers=1"]
+    process = Command(project, *train)
+    process.until(gate.reached)
+    process.send(signal.SIGTERM)
+    assert "Stopped by SIGTERM after step 2 of train in epoch 2: saved" in process.finish(130)
+    gate.open()
+    run(project, *train)
+    run(project, *train, env=os.environ | {"MY_RESEARCH_DIR": "whole"})
+    stopped, whole = (project.glob(f"{name}/xps/*/checkpoint.th") for name in ("outputs", "whole"))
+    assert same(load(next(stopped)), load(next(whole)))
 
 
 def test_doras_other_commands(project: Path) -> None:

@@ -51,10 +51,10 @@ class Lab:
     def __init__(self, project: Path, env: dict[str, str]) -> None:
         self.project = project
         self.env = env
-        # At which the runs that are to be stopped wait for that, by their overrides.
+        # A gate for each run that a test stops, by the run's overrides.
         self.gates: dict[tuple[str, ...], Gate] = {
-            overrides: Gate(project, f"self.cfg.{overrides[1].replace('=', ' == ')}")
-            for overrides in (CANCELLED, LIMITED, PREEMPTED, REQUEUED)
+            overrides: Gate(project, f"self.epoch == 2 and self.cfg.seed == {seed}")
+            for seed, overrides in enumerate((LIMITED, PREEMPTED, REQUEUED, CANCELLED), 3)
         }
 
     def run(self, *command: str) -> str:
@@ -104,6 +104,12 @@ class Lab:
         """Wait until the processes of a run are at its gate."""
         while not self.gates[overrides].reached(processes):
             assert self.state(job) in ("", "PENDING", "RUNNING"), self.said(job)
+            time.sleep(0.1)
+
+    def stopped(self, job: str, folder: Path, by: str = "") -> None:
+        """Wait until a run has said that a signal stopped it."""
+        while f"Stopped by {by}" not in self.log(folder):
+            assert not self.state(job).startswith(("COMPLETED", "FAILED")), self.said(job)
             time.sleep(0.1)
 
 
@@ -186,8 +192,7 @@ def test_a_cancelled_job_stays_cancelled_and_can_go_on(lab: Lab) -> None:
     lab.dora("grid", "long", "--cancel")
     lab.wait(job, "CANCELLED")
     folder = lab.folder(*CANCELLED)
-    while "Stopped by " not in lab.log(folder):
-        time.sleep(0.1)
+    lab.stopped(job, folder)
     lab.gates[CANCELLED].open()
     lab.wait(lab.launch("-r", *CANCELLED), "COMPLETED")
     assert lab.state(job).startswith("CANCELLED")
@@ -203,8 +208,7 @@ def test_preempted_and_requeued_no_step_is_lost(lab: Lab) -> None:
     lab.run("scontrol", "requeue", requeued)
     for job, overrides, ranks in ((preempted, PREEMPTED, 2), (requeued, REQUEUED, 1)):
         folder = lab.folder(*overrides)
-        while "Stopped by " not in lab.log(folder):
-            time.sleep(0.1)
+        lab.stopped(job, folder)
         lab.gates[overrides].open()
         whole = Reference(lab, f"whole-{ranks}", ranks, *overrides)
         lab.wait(job, "COMPLETED")
@@ -213,8 +217,7 @@ def test_preempted_and_requeued_no_step_is_lost(lab: Lab) -> None:
 
 def test_out_of_time_no_step_is_lost(lab: Lab, out_of_time: str) -> None:
     folder = lab.folder(*LIMITED)
-    while "Stopped by SIGUSR2" not in lab.log(folder):
-        time.sleep(0.1)
+    lab.stopped(out_of_time, folder, by="SIGUSR2")
     lab.gates[LIMITED].open()
     whole = Reference(lab, "whole-limited", 1, *LIMITED)
     lab.wait(out_of_time, "COMPLETED")

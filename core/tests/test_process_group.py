@@ -78,6 +78,8 @@ def _go_wrong(how: str) -> str:
 def test_nobody_hangs_when_rank_one(how: str, told: str) -> None:
     zero, one = on_ranks(_go_wrong, how)
     assert told in zero
+    # What a rank waits for until it says so, and for the others' word: less than ten seconds.
+    assert 2.5 * watchdog.WATCHDOG_SECONDS < 10
     if "rank 1 in" in zero:  # both are told
         assert one.startswith("ranks disagree: rank 1 is in ")
 

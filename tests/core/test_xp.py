@@ -6,6 +6,8 @@ import inspect
 import json
 import os
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +157,13 @@ def test_a_wrong_override_is_one_line(toy: Path, override: str, said: str) -> No
     line = python(toy, "-m", "toy.train", override, code=1).strip()
     assert re.fullmatch(f"Config error: .*({said}).*", line), line
     assert not runs(toy)
+
+
+def test_an_error_is_written_to_stderr(toy: Path) -> None:
+    command = [sys.executable, "-m", "toy.train", "lrr=1"]
+    done = subprocess.run(command, cwd=toy, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_choice_from_a_group_makes_a_run_unless_it_is_the_default(toy: Path) -> None:
