@@ -11,7 +11,7 @@ def _add_gate(init):  # type: ignore
     from pathlib import Path
     from .core.preemption import stop_signal
 
-    folder, calls = Path({folder!r}), []
+    folder = Path({folder!r})
 
     def tests_go_on():  # type: ignore
         try:
@@ -22,10 +22,12 @@ def _add_gate(init):  # type: ignore
 
     def init_and_wait(self, *args, **kwargs):  # type: ignore
         init(self, *args, **kwargs)
+        steps = 0
 
         def wait(*_):  # type: ignore
-            calls.extend([1] if {when} else [])
-            if len(calls) == 2:
+            nonlocal steps
+            steps += bool({when})
+            if steps == 2:
                 (folder / str(os.getpid())).touch()
                 while not (folder / "open").exists() and not stop_signal() and tests_go_on():
                     time.sleep(0.01)
