@@ -48,7 +48,7 @@ class Gate:
     """
 
     def __init__(self, project: Path, when: str = "self.epoch == 2") -> None:
-        """Put it into a project; `when` is code that is true of a solver `self` in other steps."""
+        """Put it into a project; `when` is the condition, on the solver `self`, to count a step."""
         self.folder = Path(tempfile.mkdtemp(prefix="gate-", dir=project))
         code = CODE.format(folder=str(self.folder), test=os.getpid(), when=when)
         with (project / "my_research" / "solver.py").open("a") as file:
