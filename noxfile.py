@@ -138,6 +138,8 @@ def tests(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def full(session: nox.Session) -> None:
     """Run all tests; `-- core` and the like only a part, without Slurm."""
+    if unknown := set(session.posargs) - PARTS.keys():
+        session.error(f"no part is called {', '.join(unknown)}: there are {', '.join(PARTS)}")
     paths = [path for part in session.posargs or PARTS for path in PARTS[part]]
     session.run(shared(session), "-m", "pytest", *paths, *SHARED)
     if not session.posargs:

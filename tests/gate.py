@@ -44,11 +44,11 @@ Solver.__init__ = _add_gate(Solver.__init__)  # type: ignore
 class Gate:
     """A place where each process of a project's runs waits, in the second step of epoch 2.
 
-    The model waits there to be called, until the run is asked to stop or the gate is opened.
+    The wait is in the model's second call. It ends when the run is asked to stop, or by `open`.
     """
 
     def __init__(self, project: Path, when: str = "self.epoch == 2") -> None:
-        """Put it into a project; `when` is the condition, on the solver `self`, to count a step."""
+        """Add it to a project. A step counts if `when`, code about the solver `self`, is true."""
         self.folder = Path(tempfile.mkdtemp(prefix="gate-", dir=project))
         code = CODE.format(folder=str(self.folder), test=os.getpid(), when=when)
         with (project / "my_research" / "solver.py").open("a") as file:

@@ -17,8 +17,6 @@ from ..utils import UserError
 from ..weights import EMA, Best
 from ..xp import FolderXP
 
-CORE = Path(__file__).parent.parent
-
 
 class Solver(BaseSolver):
     def __init__(self, folder: Path, epochs: int = 4, width: int = 8) -> None:

@@ -16,9 +16,13 @@ from torch import nn
 
 from core import BaseSolver, averager, checkpoint
 from core.adversarial import AdversarialLoss
-from core.tests.test_solver import CORE, Solver, guarded
+from core.tests.test_solver import Solver, guarded
 from core.utils import UserError
 from core.weights import EMA, Best
+
+from ..conftest import ROOT
+
+CORE = ROOT / "core"
 
 
 def test_a_start_is_described(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
