@@ -50,12 +50,13 @@ SHARED = ("-n", "3", "--dist", "worksteal")  # tests wait more than they work
 # All tests, the longest first, in parts that CI runs side by side. Slurm has its own session.
 PARTS = {
     "template": [
-        f"tests/test_{name}.py" for name in ("run", "home", "sweep", "update", "render", "answers")
+        f"tests/test_{name}.py"
+        for name in ("run", "home", "sweep", "update", "render", "answers", "report")
     ],
     "matrix": ["tests/test_matrix.py", "tests/test_faults.py"],
     "docs": [
         f"tests/test_{name}.py"
-        for name in ("replacing", "docs", "migration", "recipes", "troubleshooting")
+        for name in ("replacing", "docs", "migration", "recipes", "shape", "troubleshooting")
     ],
     "core": ["tests/core", "core/tests"],
 }

@@ -119,8 +119,8 @@ class Ours:
     def __init__(self, state: State, folder: Path) -> None:
         from core import BaseSolver
 
-        self.solver = BaseSolver(folder)
-        self.solver.model, self.solver.optim = state.model, state.optim  # type: ignore[attr-defined]
+        self.solver: Any = BaseSolver(folder)
+        self.solver.model, self.solver.optim = state.model, state.optim
         self.solver.register_stateful("model", "optim")
 
     def commit(self) -> float:
@@ -128,7 +128,7 @@ class Ours:
         begin = time.perf_counter()
         self.solver.commit()
         waited = time.perf_counter() - begin
-        self.solver.wait()
+        self.solver._wait()
         return waited
 
     def slowdown(self) -> float:
@@ -146,7 +146,7 @@ class Ours:
             step()
             steps += 1
         taken = time.perf_counter() - begin
-        self.solver.wait()
+        self.solver._wait()
         return taken / max(1, steps) / usual
 
 

@@ -49,14 +49,14 @@ class Ours:
         from dora.link import Link
 
         from core import BaseSolver
-        from core.xp import FolderXP
+        from core.run import FolderXP
 
         xp = FolderXP(folder)
         self.file = folder / "history.json"
         xp.link = Link(self.file)  # type: ignore[assignment]
-        self.solver = BaseSolver(xp)
-        self.solver.weights = torch.randn(1000)  # type: ignore[attr-defined]
-        self.solver.register_stateful("weights")
+        self.solver: Any = BaseSolver(xp)
+        self.solver.weight = torch.randn(1000)
+        self.solver.register_stateful("weight")
         self.solver.history += [epoch(i) for i in range(length)]
         self.written: list[float] = []
 
@@ -67,7 +67,7 @@ class Ours:
         begin = time.perf_counter()
         self.solver.commit()
         waited = time.perf_counter() - begin
-        self.solver.wait()
+        self.solver._wait()
         self.written.append(time.perf_counter() - begin)
         return waited
 

@@ -61,16 +61,16 @@ def by_hand(task: Task) -> None:
 
 
 def ours(task: Task) -> None:
-    """As in the `loop` of a rendered solver."""
+    """As in the `train` of a rendered solver."""
     from core import BaseSolver
 
     class Solver(BaseSolver):
         def train(self) -> Mapping[str, float]:
-            optim, average = task.optim(), self.averager()
-            batches = self.log_progress("train", task.loader(), updates=len(task.data) // LINE)
-            for batch in batches:
-                batches.update(average(task.step(batch, optim), weight=BATCH))
-            return average
+            optim = task.optim()
+            steps = self.steps(task.loader(), updates=len(task.data) // LINE, every=0)
+            for batch in steps:
+                steps.log(task.step(batch, optim), weight=BATCH)
+            return steps.metrics()
 
     with tempfile.TemporaryDirectory() as folder:
         solver = Solver(folder)

@@ -73,7 +73,7 @@ class Training:
 def ours(training: Training) -> None:
     """A solver; the same command resumes."""
     from core import BaseSolver, setup_logging
-    from core.loader import loader
+    from core.data import loader
 
     class Solver(BaseSolver):
         def __init__(self) -> None:
@@ -83,14 +83,14 @@ def ours(training: Training) -> None:
             self.loader = loader(training.data, BATCH, shuffle=True, seed=0)
 
         def train(self) -> None:
-            for batch in self.log_progress("train", self.loader):
+            for batch in self.steps(self.loader):
                 training.step(batch)
 
         def run(self) -> None:
-            self.restore()
-            for _ in range(self.epoch, training.epochs + 1):
-                self.run_stage("train", self.train)
-                self.commit()
+            with self.running():
+                for _ in range(self.epoch, training.epochs + 1):
+                    self.run_stage("train", self.train)
+                    self.commit()
 
     setup_logging(folder=training.folder)
     Solver().run()

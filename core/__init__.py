@@ -3,32 +3,18 @@
 These files are yours: read them, edit them. Start with `solver.py`.
 """
 
-from . import adversarial, checkpoint, distrib, loader, rng, state, trackers, utils, weights, xp
-from .formatter import Formatter
-from .logging import LogProgressBar, ResultLogger, bold, setup_logging
+from . import adversarial, checkpoint, data, distrib, launch, rng, state, trackers, utils
+from .log import LogProgressBar, bold, setup_logging
+from .metrics import Formatter, averager
+from .results import ResultLogger
 from .solver import BaseSolver
-from .utils import averager
 
 __version__ = "0.1.0"
 
+# fmt: off
 __all__ = [
-    "BaseSolver",
-    "Formatter",
-    "LogProgressBar",
-    "ResultLogger",
-    "adversarial",
-    "averager",
-    "bold",
-    "checkpoint",
-    "distrib",
-    "loader",
-    "rng",
-    "setup_logging",
-    "state",
-    "trackers",
+    "BaseSolver", "Formatter", "LogProgressBar", "ResultLogger", "adversarial", "averager", "bold",
+    "checkpoint", "data", "distrib", "launch", "rng", "setup_logging", "state", "trackers",
     "utils",
-    "weights",
-    "xp",
 ]
-
-distrib.loader = loader.loader
+# fmt: on

@@ -40,11 +40,11 @@ class AdversarialLoss(nn.Module):
         distrib.broadcast_model(adversary)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What PyTorch adds to `state_dict()` under `_extra_state`."""
+        """Return the entry `_extra_state` of `state_dict()`: the state of the optimizer."""
         return {"optimizer": self.optimizer.state_dict()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what `get_extra_state` gave."""
+        """Restore the state of the optimizer."""
         self.optimizer.load_state_dict(state["optimizer"])
 
     def train_adv(self, fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Checkpoints: state on disk, written atomically and verified when read.
+"""Checkpoints: state on disk, written atomically in the background, and verified when read.
 
-`checkpoint.th` is the latest; older ones lie beside it, as `checkpoint.<epoch>.th`. `midway.th` is
-what a run saved within an epoch after it, because it was asked to stop.
+`checkpoint.th` is the latest. `checkpoint.<epoch>.th` are older commits; the latest may have been
+saved within an epoch.
 """
 
 from __future__ import annotations
@@ -10,25 +10,35 @@ import itertools
 import logging
 import math
 import os
+import re
 import shutil
+import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import background, distrib
-from .history import is_higher_better
-from .plain import Records, to_plain
-from .state import StateDict
+from . import distrib
+from .state import StateDict, to_plain
 from .utils import UserError, write_and_rename
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; to be raised when older code could not read newer files
+FORMAT = 1  # of the files; raise it when older code can't read new ones
+BEST = re.compile(r"((min|max) (\w+)\.(\S+))?")
+
+# One thread is enough for a process; Python waits for it before it ends.
+_threads = ThreadPoolExecutor(1, "checkpoint")
+
+
+def wait_for_writes() -> None:
+    """Wait for all writes of this process."""
+    _threads.submit(int).result()
 
 
 class CheckpointError(UserError):
@@ -37,45 +47,132 @@ class CheckpointError(UserError):
 
 @dataclass
 class Policy:
-    """Which checkpoints stay on disk, and how they get there.
+    """A policy of saving and keeping checkpoints.
 
     Args:
-        last: number of the most recent to keep.
-        every: keep each whose epoch is a multiple of this; 0 for none.
-        best: keep that with the best value of this metric, such as `valid.loss`; empty for none.
-        mode: whether the best is the `min` or the `max`; `auto` goes by the metric's name.
+        last: number of the most recent commits to keep.
+        every: keep each commit whose epoch is a multiple of this; 0 for none.
+        best: keep the commit with the best value of a metric, as in `max valid.acc`, too.
+        minutes: save within an epoch as well, when this time has passed; 0 for never.
         background: write while the training continues; costs host memory for one more state.
     """
 
     last: int = 2
     every: int = 0
     best: str = ""
-    mode: str = "auto"
+    minutes: float = 10.0
     background: bool = True
 
     def __post_init__(self) -> None:
-        if self.last < 1 or self.every < 0 or self.mode not in ("auto", "min", "max"):
-            raise UserError(
-                "checkpoint: last must be at least 1, every at least 0, mode auto, min or max; not "
-                f"last={self.last}, every={self.every}, mode={self.mode}"
-            )
+        wrong = self.last < 1 or self.every < 0 or self.minutes < 0
+        if wrong or not BEST.fullmatch(self.best):
+            needs = "last >= 1, every >= 0, minutes >= 0, best such as `max valid.acc` or empty"
+            raise UserError(f"checkpoint needs {needs}, not {self}")
 
-    @classmethod
-    def from_config(cls, cfg: Any) -> Policy:
-        """The policy of a config with these keys; a wrong value is refused."""
-        return cls(**cfg)
-
-    def best_epoch(self, epochs: Sequence[int], history: Sequence[dict[str, Any]]) -> int | None:
-        """The best of some epochs, the earliest of equals; None if the metric is never a number."""
-        stage, _, metric = self.best.partition(".")
-        highest = is_higher_better(self.best) if self.mode == "auto" else self.mode == "max"
-        sign = -1 if highest else 1
-        values = {e: history[e - 1].get(stage, {}).get(metric, math.nan) for e in epochs}
-        known = [(sign * v, e) for e, v in values.items() if not math.isnan(v)]
+    def best_epoch(self, history: Sequence[dict[str, Any]]) -> int | None:
+        """Return the best epoch, the first of equals; None if none has a number."""
+        mode, _, name = self.best.partition(" ")
+        stage, _, metric = name.partition(".")
+        sign = -1 if mode == "max" else 1
+        values = [epoch.get(stage, {}).get(metric, math.nan) for epoch in history]
+        known = [(sign * v, epoch) for epoch, v in enumerate(values, 1) if not math.isnan(v)]
         return min(known)[1] if known else None
 
 
+@dataclass
+class Cursor:
+    """Where a run is.
+
+    Args:
+        done: names and metrics of the epoch's finished stages.
+        stage: name of the running stage; empty between two stages.
+        step: finished steps of its loop.
+        seconds: since the stage began.
+        counts: steps since the run began, by stage.
+        ranks: of each rank, the loop's averages, and the generators where the stage began (`start`)
+            and where its loop began (`loop`).
+    """
+
+    done: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    stage: str = ""
+    step: int = 0
+    seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    ranks: list[StateDict] = field(default_factory=list)
+
+    @property
+    def is_commit(self) -> bool:
+        """Whether the run is between two epochs."""
+        return not (self.done or self.stage)
+
+
 # --------------------------------------------------------------------------------------- writing
+
+
+class Writer:
+    """A background writer of states, one at a time, from a copy in host memory.
+
+    The copy's memory is kept for the next one, which spares the time to get it from the system.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[Any, torch.Tensor] = {}
+        self._pending: Future[None] | None = None
+
+    def submit(self, state: StateDict, write: Callable[[StateDict], None]) -> None:
+        """Copy the state, then call `write` with the copy in the background."""
+        self.wait()
+        spare, self._copies = self._copies, {}
+        sources: list[torch.Tensor] = []  # alive until all are copied, or two may share an address
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.layout != torch.strided:  # such as a sparse one
+                return tensor.detach().to("cpu", copy=True)
+            sources.append(tensor)
+            # Tied tensors stay tied; a view does not drag along all of its storage.
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            if key not in self._copies:
+                pin = tensor.device.type not in ("cpu", "mps")
+                empty = spare.get(key)
+                if empty is None:
+                    empty = torch.empty_like(tensor, device="cpu", pin_memory=pin)
+                self._copies[key] = empty.copy_(tensor.detach(), non_blocking=pin)
+            return self._copies[key]
+
+        copied = to_plain(state, copy=copy)
+        copies_end = None
+        if any(not tensor.is_cpu for tensor in sources):
+            copies_end = torch.Event()
+            copies_end.record()
+
+        def work() -> None:
+            time.sleep(0.005)  # else Python lets this thread run first, and the training waits
+            if copies_end is not None:
+                copies_end.synchronize()
+            write(copied)
+
+        self._pending = _threads.submit(work)
+
+    def is_busy(self) -> bool:
+        """Return whether a write is in flight."""
+        return self._pending is not None and not self._pending.done()
+
+    def settle(self) -> None:
+        """Wait for the write in flight, if any; log its error."""
+        try:
+            self.wait()
+        except Exception as error:
+            logger.error("%s", error)
+
+    def wait(self) -> None:
+        """Wait for the write in flight, if any; raise its error, once."""
+        if self._pending is None:
+            return
+        try:
+            self._pending.result()
+        finally:
+            if self._pending.done():  # else Ctrl-C ended the wait, and `settle` waits again
+                self._pending = None
 
 
 def save(
@@ -83,82 +180,58 @@ def save(
     path: Path,
     history: Sequence[dict[str, Any]] = (),
     policy: Policy | None = None,
+    cursor: Cursor | None = None,
 ) -> None:
-    """Write a state to `path`, durably; older checkpoints are kept by the policy.
+    """Write a state to `path`, durably; older commits are kept by the policy.
 
     At every instant there is a whole checkpoint at `path`, once there has been one.
 
     Args:
-        state: tensors and plain containers, such as `StateManager.state_dict()` gives.
+        state: tensors and plain containers, such as `StateManager.state_dict()` returns.
         path: in an existing folder.
         history: metrics of all epochs up to this one; their number is the epoch.
+        cursor: where the run is; a commit by default.
     """
-    _write(state, path, len(history), f"epoch {len(history)}", keep=True)
-    midway(path).unlink(missing_ok=True)
-    _prune(path, history, policy or Policy())
-
-
-def save_midway(state: StateDict, path: Path) -> None:
-    """Write what the run is within an epoch, beside the latest checkpoint, durably.
-
-    It is read again only as long as that checkpoint is the latest: whoever goes back to an older
-    one need not know of it.
-
-    Args:
-        state: as for `save`.
-        path: of the latest checkpoint.
-    """
-    epoch = 0
-    for candidate in (*older(path).values(), path):  # as `load` does, from the other end
-        with suppress(Exception):
-            epoch = _epoch_of(candidate)
-    _write(state, midway(path), epoch, f"what was done after epoch {epoch}")
-
-
-def midway(path: Path) -> Path:
-    """The file for what is saved within an epoch."""
-    return path.with_name("midway.th")
-
-
-def _write(state: StateDict, path: Path, epoch: int, what: str, keep: bool = False) -> None:
-    about = {"format": FORMAT, "epoch": epoch, "ranks": distrib.world_size()}
+    cursor, policy, epoch = cursor or Cursor(), policy or Policy(), len(history)
+    best = policy.best_epoch(history) if policy.best else None
+    about = {"format": FORMAT, "epoch": epoch, "best": best, "commit": cursor.is_commit}
+    about |= {"ranks": distrib.world_size(), "cursor": to_plain(vars(cursor))}
     try:
-        if keep and path.exists():
+        if path.exists():
             _keep_previous(path, epoch)
-        whole = {n: to_plain([*v], n) if isinstance(v, Records) else v for n, v in state.items()}
         with write_and_rename(path) as file:
-            torch.save({"checkpoint": about, **whole}, file)
+            torch.save({"checkpoint": about, **state}, file)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{what} could not be saved to {path}: {error.__context__ or error}; "
-            "what was saved before is intact: mend that, and the same command resumes"
+            f"epoch {epoch} could not be saved to {path}: {error.__context__ or error}; "
+            "earlier checkpoints are intact: mend that, and the same command resumes"
         ) from error
+    if cursor.is_commit:
+        _prune(path, history, policy, best)
 
 
 def older(path: Path) -> dict[int, Path]:
-    """The checkpoints that are kept beside the latest, by epoch in rising order."""
-    marks = {p.name[len(path.stem) + 1 : -len(path.suffix)]: p for p in _siblings(path, "*")}
+    """Return the checkpoints that are kept beside the latest, by epoch in rising order."""
+    found = path.parent.glob(f"{path.stem}.*{path.suffix}")
+    marks = {p.name[len(path.stem) + 1 : -len(path.suffix)]: p for p in found}
     return dict(sorted((int(mark), p) for mark, p in marks.items() if mark.isdecimal()))
 
 
-def _siblings(path: Path, mark: object) -> list[Path]:
-    return list(path.parent.glob(f"{path.stem}.{mark}{path.suffix}"))
-
-
 def _keep_previous(path: Path, epoch: int) -> None:
-    """Give the latest checkpoint the name of an older one too, if it is older than this epoch."""
+    """Keep the latest checkpoint under its epoch's name, if it is an older commit."""
     try:
-        found = _epoch_of(path)
+        about = read_about(path)
     except MemoryError:
         raise
-    except Exception:
-        _set_aside(path)
+    except Exception as error:
+        logger.warning("Damaged: %s, kept as %s: %s", path, _set_aside(path).name, error)
         return
-    if found > epoch:
+    if (found := about["epoch"]) > epoch:
         raise CheckpointError(
-            f"it is of epoch {found}, and was not restored: call restore() before you train, or "
-            "start anew with `dora run --clear`"
+            f"it is of epoch {found}: call restore() first, or start anew (`dora run --clear`)"
         )
+    if not (about["commit"] and found):
+        return
     name = path.with_name(f"{path.stem}.{found}{path.suffix}")
     name.unlink(missing_ok=True)
     try:
@@ -173,21 +246,18 @@ def _set_aside(path: Path) -> Path:
     return path.rename(next(new for name in names if not (new := path.with_name(name)).exists()))
 
 
-def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy) -> None:
-    """Delete the older checkpoints that the policy does not ask for."""
-    files, latest = older(path), len(history)
-    before = [e for e in files if e < latest]
-    wanted: set[int | None] = set(before[::-1][: policy.last - 1])
-    if policy.every:
-        wanted |= {e for e in files if e % policy.every == 0}
-    if policy.best:
-        best = policy.best_epoch([e for e in (*files, latest) if 0 < e <= latest], history)
-        if best is None:
-            known = ", ".join(f"{s}.{n}" for s, m in (history or [{}])[-1].items() for n in m)
-            logger.warning(
-                "The best checkpoint is not kept: no epoch has %s; there are %s", policy.best, known
-            )
-        wanted.add(best)
+def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy, best: int | None) -> None:
+    """Delete the older commits that the policy does not keep."""
+    files = older(path)
+    recent = [epoch for epoch in files if epoch < len(history)][::-1][: policy.last - 1]
+    wanted = {best, *recent, *(e for e in files if policy.every and e % policy.every == 0)}
+    if policy.best and best is None:
+        known = ", ".join(f"{s}.{n}" for s, m in (history or [{}])[-1].items() for n in m)
+        logger.warning(
+            "The best checkpoint is not kept: no epoch has a number for %s; there are %s",
+            policy.best,
+            known,
+        )
     for epoch, file in files.items():
         if epoch not in wanted:
             file.unlink()
@@ -197,15 +267,14 @@ def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy) -> Non
 
 
 def load(path: Path, read_only: bool = False) -> StateDict | None:
-    """Read the latest checkpoint, or the newest older one that is whole; all ranks must call it.
+    """Read the latest checkpoint, or the newest older one that is whole; all ranks must take part.
 
-    If the run was stopped within an epoch after it, by the same number of ranks, read that rather.
     Tensors come to the CPU. Nothing in a file is executed. A damaged file is set aside under
     another name, never deleted, as soon as there is one to resume from instead.
 
     Args:
         path: of the latest.
-        read_only: the last commit, and rename nothing, for another process may be writing here.
+        read_only: prefer a commit, and rename nothing, for another process may be writing here.
 
     Returns:
         The state, or None if there is no checkpoint at all.
@@ -216,11 +285,9 @@ def load(path: Path, read_only: bool = False) -> StateDict | None:
     found: Path | CheckpointError | None = None
     state: StateDict | None = None
     if distrib.is_rank_zero():
-        background.wait()  # a write of this process may be on its way
+        wait_for_writes()
         try:
             found, state = _newest(path, read_only) or (None, None)
-            if not read_only:
-                found, state = _within(path, found) or (found, state)
         except CheckpointError as error:
             found = error
     found = distrib.broadcast_object(found)
@@ -231,7 +298,12 @@ def load(path: Path, read_only: bool = False) -> StateDict | None:
 
 def _newest(path: Path, read_only: bool) -> tuple[Path, StateDict] | None:
     damaged: dict[Path, str] = {}
-    for candidate in (path, *reversed(older(path).values())):
+    paths = [path, *reversed(older(path).values())]
+    if read_only:
+        with suppress(Exception):
+            if len(paths) > 1 and not read_about(path)["commit"]:
+                paths.append(paths.pop(0))
+    for candidate in paths:
         if not candidate.exists():
             continue
         try:
@@ -253,33 +325,6 @@ def _newest(path: Path, read_only: bool) -> tuple[Path, StateDict] | None:
     return None
 
 
-def _within(path: Path, latest: Path | None) -> tuple[Path, StateDict] | None:
-    """What was saved within an epoch after a checkpoint, if it can be used."""
-    file = midway(path)
-    if not file.exists():
-        return None
-    epoch = _epoch_of(latest) if latest else 0
-    try:
-        about, state = _load(file, mmap=True)["checkpoint"], read(file)
-    except MemoryError:
-        raise
-    except Exception as error:
-        where = _set_aside(file)
-        logger.warning("Damaged: %s, kept as %s: %s", file, where.name, error)
-        return None
-    if about["epoch"] != epoch:
-        return None
-    if about["ranks"] != distrib.world_size():
-        logger.warning(
-            "Resuming after the last commit: %d processes saved the steps since, and %d can't "
-            "resume within an epoch of theirs",
-            about["ranks"],
-            distrib.world_size(),
-        )
-        return None
-    return file, state
-
-
 def read(path: Path) -> StateDict:
     """Read and verify one checkpoint file; any damage raises.
 
@@ -288,26 +333,35 @@ def read(path: Path) -> StateDict:
     with zipfile.ZipFile(path) as archive:
         if (bad := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"checksum of {bad} does not match")
-    state = _load(path)
-    if not isinstance(state, dict) or "format" not in state.get("checkpoint", {}):
+    state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not {"checkpoint", "history"} & state.keys():
         raise ValueError("not a checkpoint of this project")
-    if (found := state.pop("checkpoint")["format"]) > FORMAT:
+    if (found := state.get("checkpoint", {}).get("format", 0)) > FORMAT:
         raise CheckpointError(
             f"format {found} is newer than this code, which knows {FORMAT}: update the core"
         )
     return state
 
 
-def peek(path: Path) -> StateDict:
-    """The state in a checkpoint file, unverified, with tensors that are read when used."""
-    state: StateDict = _load(path, mmap=True)
-    return state
+def pop_cursor(state: StateDict) -> Cursor:
+    """Take the position out of a checkpoint, with the generators of all ranks.
+
+    A file without a position, or with one that does not fit its history, was written by the user's
+    own code: it counts as a commit of unknown generators, and has no `ranks`.
+    """
+    about, rng = state.pop("checkpoint", None), state.pop("rng", {"ranks": []})
+    if about is None or about["epoch"] != len(state["history"]):
+        return Cursor()
+    cursor = Cursor(**about["cursor"])
+    cursor.ranks = [
+        theirs | {"now": now} for theirs, now in zip(cursor.ranks, rng["ranks"], strict=True)
+    ]
+    return cursor
 
 
-def _epoch_of(path: Path) -> int:
-    epoch: int = _load(path, mmap=True)["checkpoint"]["epoch"]
-    return epoch
-
-
-def _load(path: Path, mmap: bool = False) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+def read_about(path: Path) -> Mapping[str, Any]:
+    """Return the entry `checkpoint` of a file, unverified."""
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    own = {"epoch": len(state.get("history", ())), "commit": True, "best": None}
+    about: Mapping[str, Any] = state.get("checkpoint", own)  # without one: of a commit by a user
+    return about

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 
 from . import distrib
-from .ansi import bold
-from .formatter import Formatter, format_items
-from .plain import to_plain
-from .progress import LogProgressBar
-from .trackers import LocalFiles, TensorBoard, Tracker, WandB
-from .trackers.base import check_audio, check_image
-from .xp import XP, get_xp
+from .checkpoint import Policy
+from .log import LogProgressBar, bold, format_items
+from .metrics import Averages, Formatter, averager, number, to_floats
+from .run import XP, get_xp, record_config, resume_command
+from .state import to_plain
+from .trackers import LocalFiles, Tracker, check_audio, check_image
+from .utils import UserError
 
 T = TypeVar("T")
 
 
 class ResultLogger:
-    """Sends results to the log and to all trackers; on ranks above zero, nowhere.
+    """Results, sent to the log and to all trackers; on ranks above zero, nowhere.
 
     A tracker that fails is reported once, and the run continues.
 
     Args:
-        logger: where summaries go.
+        logger: of the summaries.
         level: of the summaries.
         delimiter: between the parts of a line.
         items_delimiter: between a metric's name and value.
@@ -41,14 +42,13 @@ class ResultLogger:
         items_delimiter: str = " ",
         xp: XP | None = None,
     ) -> None:
-        self._logger = logger
-        self._level = level
-        self._delimiter = delimiter
-        self._items_delimiter = items_delimiter
+        self._logger, self._level = logger, level
+        self._style = {"delimiter": delimiter, "items_delimiter": items_delimiter}
         self._xp = xp or get_xp()
         self._failed: set[Tracker] = set()
         self._points: list[tuple[str, dict[str, Any], int, int]] = []
-        self._resumed: tuple[int, Collection[str], Mapping[str, int]] | None = None
+        self._resumed: tuple[Any, ...] | None = None
+        self.paused = False  # drops all results, on the way to where a run resumes
         self.trackers: list[Tracker] = []
         self.add_tracker(LocalFiles(self._xp))
 
@@ -59,38 +59,28 @@ class ResultLogger:
             if self._resumed is not None:
                 tracker.resume(*self._resumed)
 
-    def resume(
-        self, epoch: int, done: Collection[str] = (), steps: Mapping[str, int] | None = None
-    ) -> None:
-        """Let trackers forget what is about to be repeated; see `Tracker.resume`.
-
-        If nobody calls it, the first value that is logged tells where the run resumes.
-        """
-        resumed = self._resumed = epoch, tuple(done), dict(steps or {})
-        self._send(lambda tracker: tracker.resume(*resumed))
-
-    def init_tensorboard(
-        self, with_media_logging: bool = True, name: str | None = None, sub_dir: str | None = None
-    ) -> None:
+    def init_tensorboard(self, with_media_logging: bool = True, **kwargs: Any) -> None:
         """Send results to TensorBoard; see `trackers.TensorBoard`."""
-        self.add_tracker(TensorBoard(self._xp, with_media_logging, name, sub_dir))
+        from .trackers.tensorboard import TensorBoard
 
-    def init_wandb(
-        self,
-        with_media_logging: bool = True,
-        project: str | None = None,
-        name: str | None = None,
-        group: str | None = None,
-    ) -> None:
+        self.add_tracker(TensorBoard(self._xp, with_media_logging, **kwargs))
+
+    def init_wandb(self, with_media_logging: bool = True, **kwargs: Any) -> None:
         """Send results to Weights & Biases; see `trackers.WandB`."""
-        self.add_tracker(WandB(self._xp, with_media_logging, project, name, group))
+        from .trackers.wandb import WandB
+
+        self.add_tracker(WandB(self._xp, with_media_logging, **kwargs))
+
+    def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int] | None) -> None:
+        """Make trackers forget the results about to be repeated: see `Tracker.resume`."""
+        self._resumed = epoch, done, steps
+        self._send("resume", *self._resumed)
 
     def log_hyperparams(
         self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None
     ) -> None:
         """Log the config, and metrics to compare runs by."""
-        values = to_plain(params, "hyperparams")
-        self._send(lambda tracker: tracker.log_hyperparams(values, metrics or {}))
+        self._send("log_hyperparams", to_plain(params, "hyperparams"), metrics or {})
 
     def log_metrics(
         self,
@@ -102,9 +92,9 @@ class ResultLogger:
     ) -> None:
         """Log the metrics of a stage, and write them as one summary line."""
         self.flush()
-        self._log_summary(stage, metrics, step, step_name, formatter)
-        values = to_numbers(metrics)
-        self._send(lambda tracker: tracker.log_metrics(stage, values, step), step)
+        if not self.paused:
+            self._log_summary(stage, metrics, step, step_name, formatter)
+        self._send("log_metrics", stage, to_numbers(metrics), step)
 
     def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
         """Keep a point of the stage's curves by step: tensors stay on their device until `flush`.
@@ -112,74 +102,45 @@ class ResultLogger:
         Only trackers of rank zero get it, so the metrics are those of this rank's data.
         """
         if self.trackers:
-            copies = {
-                n: v.detach().clone() if isinstance(v, torch.Tensor) else v
-                for n, v in metrics.items()
-            }
-            self._points.append((stage, copies, step, epoch))
+            values = {name: number(name, value) for name, value in metrics.items()}
+            self._points.append((stage, values, step, epoch))
 
     def flush(self) -> None:
         """Send the points that wait, as each progress line and summary does."""
         points, self._points = self._points, []
-        for point in points:
-            self._send_point(*point)
-
-    def _send_point(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
-        values = to_numbers(metrics)
-        if self._resumed is None:
-            self.resume(epoch, steps={stage: step - 1})
-        self._send(lambda tracker: tracker.log_step(stage, values, step, epoch))
+        for stage, metrics, step, epoch in points:
+            values = dict(zip(metrics, to_floats([*metrics.values()]), strict=True))
+            self._send("log_step", stage, values, step, epoch)
 
     def log_audio(self, stage: str, key: str, audio: Any, sample_rate: int, step: int) -> None:
         """Log audio `[C, T]`, floats in -1..1."""
-        audio = check_audio(audio)
-        self._send(
-            lambda tracker: tracker.log_audio(stage, key, audio, sample_rate, step),
-            step,
-            media=True,
-        )
+        self._send("log_audio", stage, key, check_audio(audio), sample_rate, step)
 
     def log_image(self, stage: str, key: str, image: Any, step: int) -> None:
         """Log an image `[C, H, W]`, floats in 0..1 or bytes."""
-        image = check_image(image)
-        self._send(lambda tracker: tracker.log_image(stage, key, image, step), step, media=True)
+        self._send("log_image", stage, key, check_image(image), step)
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
         """Log a text."""
         if not isinstance(text, str):
             raise ValueError(f"log_text: a text must be a str, not a {type(text).__name__}")
-        self._send(lambda tracker: tracker.log_text(stage, key, text, step), step, media=True)
+        self._send("log_text", stage, key, text, step)
 
     def get_log_progress_bar(
         self,
         stage: str,
         iterable: Iterable[T],
-        updates: int = 5,
-        total: int | None = None,
         step: int | None = None,
         step_name: str | None = None,
-        formatter: Formatter | None = None,
-        min_seconds: float = 0.0,
-        done: int = 0,
+        **kwargs: Any,
     ) -> LogProgressBar[T]:
-        """Return a progress bar for a stage."""
-        name = stage.capitalize()
+        """Return a progress bar for a stage; `kwargs` are those of `LogProgressBar`."""
+        parts = [stage.capitalize()]
         if step is not None:
-            name += f" {self._delimiter} {(step_name or 'step').capitalize()} {step}"
-        return LogProgressBar(
-            self._logger,
-            iterable,
-            updates=updates,
-            total=total,
-            name=name,
-            level=self._level,
-            delimiter=self._delimiter,
-            items_delimiter=self._items_delimiter,
-            formatter=formatter,
-            min_seconds=min_seconds,
-            done=done,
-            on_log=self.flush,
-        )
+            parts.append(f"{(step_name or 'step').capitalize()} {step}")
+        name = f" {self._style['delimiter']} ".join(parts)
+        kwargs |= self._style | {"level": self._level, "on_log": self.flush}
+        return LogProgressBar(self._logger, iterable, name=name, **kwargs)
 
     def _log_summary(
         self,
@@ -192,19 +153,16 @@ class ResultLogger:
         parts = [f"{stage.capitalize()} Summary"]
         if step is not None:
             parts.append(f"{step_name.capitalize()} {step}")
-        parts += format_items(metrics, formatter or Formatter(), self._items_delimiter)
-        self._logger.log(self._level, bold(f" {self._delimiter} ".join(parts)))
+        parts += format_items(metrics, formatter or Formatter(), self._style["items_delimiter"])
+        self._logger.log(self._level, bold(f" {self._style['delimiter']} ".join(parts)))
 
-    def _send(
-        self, log: Callable[[Tracker], None], epoch: int | None = None, media: bool = False
-    ) -> None:
-        if epoch is not None and self._resumed is None:
-            self.resume(epoch)
-        for tracker in self.trackers:
+    def _send(self, method: str, *args: Any) -> None:
+        media = method in ("log_audio", "log_image", "log_text")
+        for tracker in () if self.paused else self.trackers:
             if media and not tracker.with_media_logging:
                 continue
             try:
-                log(tracker)
+                getattr(tracker, method)(*args)
             except Exception as error:
                 if tracker not in self._failed:
                     self._failed.add(tracker)
@@ -218,7 +176,143 @@ class ResultLogger:
 
 def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Convert metrics to plain numbers: tensors and NumPy values of one element too."""
-    if taken := {"stage", "epoch", "step"} & metrics.keys():
-        raise ValueError(f"a metric is called {', '.join(taken)}, as a column of metrics.jsonl is")
     values = to_plain(metrics, "metrics")
     return {n: v.tolist() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+
+
+class Logs:
+    """The part of a solver that logs; each method may be overridden."""
+
+    xp: XP
+    history: list[dict[str, Any]]
+    logger: logging.Logger
+    result_logger: ResultLogger
+    _pending_metrics: dict[str, Any]
+    _stage: Any  # the running one, if any
+
+    @property
+    def epoch(self) -> int:
+        """The running epoch, from 1: the number of commits, plus one."""
+        return len(self.history) + 1
+
+    @property
+    def current_stage(self) -> str:
+        """Name of the running stage; RuntimeError outside of one."""
+        if self._stage is None:
+            raise RuntimeError("no stage is running: write run_stage('train', self.train)")
+        return str(self._stage.name)
+
+    @property
+    def formatter(self) -> Formatter:
+        """The formatter of the running stage."""
+        return self.get_formatter(self.current_stage)
+
+    def get_formatter(self, stage_name: str) -> Formatter:
+        """Return how the metrics of a stage are shown; override to your taste."""
+        return Formatter()
+
+    def init_tensorboard(self, *args: Any, **kwargs: Any) -> None:
+        """Send results to TensorBoard; see `trackers.tensorboard.TensorBoard`."""
+        self.result_logger.init_tensorboard(*args, **kwargs)
+
+    def init_wandb(self, *args: Any, **kwargs: Any) -> None:
+        """Send results to Weights & Biases; see `trackers.wandb.WandB`."""
+        self.result_logger.init_wandb(*args, **kwargs)
+
+    def init_trackers(self, names: Iterable[str], project: str | None = None) -> None:
+        """Send results to trackers by name, as a config lists them: `tensorboard`, `wandb`."""
+        for name in names:
+            if name not in ("tensorboard", "wandb"):
+                raise UserError(f"no tracker is called {name!r}; there are tensorboard and wandb")
+            getattr(self, f"init_{name}")(**{"project": project} if name == "wandb" else {})
+
+    def averager(self, beta: float = 1.0) -> Averages:
+        """Return averages over steps; see `metrics.averager`."""
+        return averager(beta)
+
+    def log_progress(
+        self,
+        stage_name: str,
+        iterable: Iterable[T],
+        total: int | None = None,
+        updates: int = 5,
+        done: int = 0,
+    ) -> LogProgressBar[T]:
+        """Iterate with progress lines, and no more: a run is not stopped here.
+
+        Args:
+            stage_name: shown in the lines.
+            iterable: usually a data loader.
+            total: number of steps, if the iterable has no length.
+            updates: number of lines.
+            done: number of earlier steps.
+        """
+        return self.result_logger.get_log_progress_bar(
+            stage_name,
+            iterable,
+            updates=updates,
+            total=total,
+            step=self.epoch,
+            step_name="epoch",
+            formatter=self.get_formatter(stage_name),
+            done=done,
+        )
+
+    def log_metrics(
+        self, stage_name: str, metrics: Mapping[str, Any], formatter: Formatter | None = None
+    ) -> None:
+        """Log metrics of this epoch; they are part of the history from the commit on."""
+        numbers = to_numbers(metrics)
+        self._pending_metrics.setdefault(stage_name, {}).update(numbers)
+        self.result_logger.log_metrics(
+            stage_name, numbers, self.epoch, formatter=formatter or self.get_formatter(stage_name)
+        )
+
+    def log_hyperparams(
+        self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Log the config, and metrics to compare runs by."""
+        self.result_logger.log_hyperparams(params, metrics)
+
+    def log_audio(self, stage_name: str, key: str, audio: Any, sample_rate: int) -> None:
+        """Log audio `[C, T]`, floats in -1..1."""
+        self.result_logger.log_audio(stage_name, key, audio, sample_rate, self.epoch)
+
+    def log_image(self, stage_name: str, key: str, image: Any) -> None:
+        """Log an image `[C, H, W]`, floats in 0..1 or bytes."""
+        self.result_logger.log_image(stage_name, key, image, self.epoch)
+
+    def log_text(self, stage_name: str, key: str, text: str) -> None:
+        """Log a text."""
+        self.result_logger.log_text(stage_name, key, text, self.epoch)
+
+    def replay_history(self) -> None:
+        """Repeat the summaries of all committed epochs in the log."""
+        for epoch, stages in enumerate(self.history, 1):
+            for stage, metrics in stages.items():
+                self.result_logger._log_summary(
+                    stage, metrics, step=epoch, formatter=self.get_formatter(stage)
+                )
+
+    def _log_start(self) -> None:
+        """Log the config, and how to resume."""
+        if distrib.is_rank_zero():
+            record_config(self.xp)
+        self.log_hyperparams(self.xp.cfg)
+        fresh = not (self.history or self._pending_metrics)
+        if fresh:
+            tree = json.dumps(to_plain(self.xp.cfg, "the config"), indent=1)
+            self.logger.info("Config of run %s:\n%s", self.xp.sig, tree)
+        verb, folder = "starts" if fresh else "resumes", self.xp.folder
+        self.logger.info("Run %s %s in epoch %d: %s", self.xp.sig, verb, self.epoch, folder)
+        if command := resume_command(self.xp):
+            self.logger.info("To resume it, whenever it stops: %s", command)
+
+    def _log_end(self, policy: Policy) -> None:
+        """Log that the run is complete; UserError without any epoch."""
+        if not self.history:
+            raise UserError(f"run {self.xp.sig} ends without a commit: is `epochs` at least 1?")
+        epoch = policy.best_epoch(self.history) if policy.best else None
+        best = f", {policy.best} in epoch {epoch}" if epoch else ""
+        where = f"epoch {len(self.history)}{best}: {self.xp.folder}"
+        self.logger.info("Run %s is complete after %s", self.xp.sig, where)

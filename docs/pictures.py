@@ -79,8 +79,8 @@ def terminal(project: Path, target: Path) -> None:
     )
     record(project, "dora run optim.lr=1e-3")
     show("dora run optim.lr=1e-3", ["..."])
-    table = record(project, "my_research.core.report")
-    show("python -m my_research.core.report", table)
+    table = record(project, "my_research.tools.report")
+    show("python -m my_research.tools.report", table)
     target.write_text(console.export_svg(title="my-research"))
 
 

@@ -47,8 +47,11 @@ def commit() -> str:
         if not (git("config", "user.name") and git("config", "user.email")):
             options += [f"user.name={AUTHOR}", f"user.email={SLUG}@localhost"]
         settings = [part for option in options for part in ("-c", option)]
-        version = json.loads(Path(".template.json").read_text(encoding="utf-8"))["version"]
-        git(*settings, "commit", "-m", f"Start from cookiecutter-solver {version}", check=True)
+        record = json.loads(Path(".template.json").read_text(encoding="utf-8"))
+        # So `tools/update.py` takes newer versions from there without asking.
+        git("config", "--local", "--add", "cookiecutter-solver.template", record["template"])
+        message = f"Start from cookiecutter-solver {record['version']}"
+        git(*settings, "commit", "-m", message, check=True)
     except subprocess.CalledProcessError as error:
         return f"git failed, so there is no first commit: {error.stderr.strip()}"
     return "A git repo with a first commit was made."

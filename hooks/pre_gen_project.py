@@ -11,5 +11,5 @@ core = Path(package, "core")
 if Path(".template.json").exists() or (core.is_dir() and any(core.iterdir())):
     sys.exit(
         f"project_slug: {Path.cwd().name} is a project, and may hold your edits: choose another "
-        f"name, or update it in place, from inside of it, with `python -m {package}.core.update`."
+        f"name, or update it in place, from inside of it, with `python -m {package}.tools.update`."
     )

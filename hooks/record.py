@@ -28,7 +28,7 @@ class Record(Extension):
 
 
 def record(context: Mapping[str, str], version: str, commit: str, folder: Path) -> str:
-    """What `core/update.py` reads, as JSON.
+    """Return what `tools/update.py` reads, as JSON.
 
     Args:
         context: all that cookiecutter knows.

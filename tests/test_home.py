@@ -33,8 +33,8 @@ ELSEWHERE = {
     "dora info optim.lr=1e-3": "tests/test_run.py: def test_doras_other_commands",
     "dora run --git_save": "tests/test_run.py: def test_doras_other_commands",
     "python -m my_research.train": "tests/test_run.py: def test_ctrl_c_and_on",
-    "python -m my_research.core.report": "tests/test_run.py: def test_digits_reach_their_score",
-    "python -m my_research.core.sweep lr": "tests/test_home.py: def test_groups_in_a_grid",
+    "python -m my_research.tools.report": "tests/test_run.py: def test_digits_reach_their_score",
+    "python -m my_research.tools.sweep lr": "tests/test_home.py: def test_groups_in_a_grid",
     "dora launch": "tests/test_slurm.py: def test_launch_with_one_task_and_with_two",
     "dora grid lr": "tests/test_slurm.py: lab.dora(",
 }
@@ -171,7 +171,7 @@ def test_groups_in_a_grid_in_a_notebook_and_when_edited(digits: Home) -> None:
     head, _ = grid.read_text().split("    # Overrides that all runs share.")
     calls = 'launcher({"experiment": "averaged"})\n    launcher({"data": "digits"})\n'
     grid.write_text(f'{head}    launcher.bind_({{"debug": "limit"}})\n    {calls}')
-    said = digits.shell("python -m my_research.core.sweep lr")
+    said = digits.shell("python -m my_research.tools.sweep lr")
     sig = digits.sig("debug=limit", "experiment=averaged")
     assert sig in said
     runs = sorted((digits.path / "outputs" / "xps").glob("*/sweep.json"))

@@ -42,6 +42,7 @@ COMMON = {
     "tests/test_config.py",
     "tests/test_train.py",
 }
+TOOLS = Path("template", "package", "tools")
 MODEL = {"my_research/data.py", "my_research/model.py"}
 OWN = {
     "digits": MODEL
@@ -79,15 +80,28 @@ def test_exactly_these_files(example: str, render: Render, template: Path, tmp_p
     render(example=example)
     project = tmp_path / "out" / "my-research"
     core = {f"my_research/core/{name}" for name in files(template / "core")}
-    assert files(project) == COMMON | OWN[example] | core
+    tools = {f"my_research/tools/{name}" for name in files(template / TOOLS)}
+    assert files(project) == COMMON | OWN[example] | core | tools
 
 
 @pytest.mark.promise
-def test_core_is_copied_byte_for_byte(render: Render, template: Path, tmp_path: Path) -> None:
+def test_core_and_tools_are_copied_byte_for_byte(
+    render: Render, template: Path, tmp_path: Path
+) -> None:
     render()
-    core = tmp_path / "out" / "my-research" / "my_research" / "core"
-    for name in files(template / "core"):
-        assert (core / name).read_bytes() == (template / "core" / name).read_bytes()
+    package = tmp_path / "out" / "my-research" / "my_research"
+    for folder in (template / "core", template / TOOLS):
+        for name in files(folder):
+            assert (package / folder.name / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_tools_and_the_rest_do_not_import_each_other() -> None:
+    """But `report` and `sweep` import the project's `train`, by its name."""
+    for path in [*(ROOT / "template").rglob("*.py"), *(ROOT / "core").rglob("*.py")]:
+        imports = re.findall(r"^\s*((?:from|import) .*)", path.read_text(), re.M)
+        inside = path.parent == ROOT / TOOLS
+        others = re.compile(r"from \.\.|\bcore\b|cookiecutter" if inside else r"\btools\b")
+        assert [line for line in imports if others.search(line)] == [], path
 
 
 @pytest.mark.parametrize("license", QUESTIONS["license"])
@@ -103,9 +117,10 @@ def test_every_answer_renders(
     assert ("wandb" in needs) == (tracker in ("wandb", "both"))
     assert ("tensorboard" in needs) == (tracker in ("tensorboard", "both"))
     for name in files(project):
-        if "/core/" not in name:
+        if "/core/" not in name and "/tools/" not in name:
             text = (project / name).read_text()
             assert not re.search(r"(?<!\$)\{\{|\{%|cookiecutter\.", text), name
+    assert len((project / "README.md").read_text().split()) <= 1100
 
 
 @pytest.mark.parametrize("example", QUESTIONS["example"])
@@ -162,7 +177,7 @@ def test_a_second_render_is_refused(options: list[str], render: Render, tmp_path
     (project / "my_research" / "core" / "solver.py").write_text("edited")
     before = {name: (project / name).read_bytes() for name in files(project)}
     said = render(*options, code=1)
-    assert ("python -m my_research.core.update" in said) == bool(options)
+    assert ("my_research.tools.update" in said) == bool(options)
     assert {name: (project / name).read_bytes() for name in files(project)} == before
 
 

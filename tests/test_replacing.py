@@ -51,8 +51,8 @@ class Config:
 import torch
 
 from .core import BaseSolver, distrib
-from .core.loader import loader
-from .core.xp import XP
+from .core.data import loader
+from .core.run import XP
 from .data import load
 from .model import Line
 from .schema import Config
@@ -67,25 +67,16 @@ class Solver(BaseSolver):
         self.register_stateful("model", "optim")
         self.init_trackers(cfg.trackers)
 
-    def run(self) -> None:
-        self.restore()
-        self.log_start()
-        for _ in range(self.epoch, self.cfg.epochs + 1):
-            self.run_stage("train", self.train)
-            self.run_stage("valid", self.valid)
-            self.commit()
-        self.log_end()
-
     def train(self) -> dict[str, float]:
-        average = self.averager()
-        for x, y in self.log_progress("train", self.loader):
+        steps = self.steps(self.loader)
+        for x, y in steps:
             loss = (self.model(x) - y).square().mean()
             self.optim.zero_grad()
             with distrib.eager_sync_model(self.model):
                 loss.backward()
             self.optim.step()
-            average({"loss": loss})
-        return distrib.average_metrics(average)
+            steps.log({"loss": loss})
+        return steps.metrics()
 
     @torch.no_grad()
     def valid(self) -> dict[str, float]:

@@ -1,69 +1,74 @@
-"""docs/troubleshooting.md knows every message that we raise, and no other."""
+"""docs/troubleshooting.md has twenty situations; names and commands on the pages exist."""
 
-import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from .conftest import ROOT
+import pytest
+from omegaconf import OmegaConf
 
-PAGE = ROOT / "docs" / "troubleshooting.md"
-SOURCES = [
-    *ROOT.glob("core/*.py"),
-    *ROOT.glob("core/trackers/*.py"),
-    *ROOT.glob("hooks/*.py"),
-    *ROOT.glob("template/package/*.py"),
-    *ROOT.glob("template/examples/*/package/solver.py"),
-]
-LOGGED = re.compile(r"log(ger)?\.(warning|error|critical|exception)$")
-REFUSED = ("sys.exit", "_refuse", "refuse")  # the latter two are those of hooks/answers.py
+from core import distrib
+from core.solver import BaseSolver
+from core.steps import Steps
 
+from .blocks import DOCS, blocks
+from .conftest import ROOT, Copy
 
-def words(node: ast.expr) -> str:
-    """A literal, with … for what is filled in; empty for anything else."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return re.sub(r"%[sd]", "…", node.value)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(
-            words(part) if isinstance(part, ast.Constant) else "…" for part in node.values
-        )
-    if isinstance(node, ast.BinOp):
-        return (words(node.left) or "…") + (words(node.right) or "…")
-    return ""
+SITUATION = r"## .+\n\n[^*\n].+\n\n\*\*Cause\.\*\* (.+\n)+\n\*\*Cure\.\*\* (.+\n)+"
+PAGES = sorted(page.name for page in DOCS.glob("*.md") if page.name != "migrating.md")
+OF_DORA = {"run", "launch", "grid", "info"}
+ATTRIBUTES = {
+    "self": {*dir(BaseSolver), "cfg", "result_logger"},
+    "steps": {*dir(Steps), "step"},
+    "distrib": {*dir(distrib)},
+}
 
 
-def messages(path: Path) -> Iterator[tuple[str, str]]:
-    """Where a message is raised or logged, and its words."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        call = node.exc if isinstance(node, ast.Raise) else node
-        if not isinstance(call, ast.Call):
-            continue
-        name = ast.unparse(call.func)
-        if isinstance(node, ast.Raise) or name in REFUSED or LOGGED.search(name):
-            for argument in call.args:
-                if re.search("[a-z] |: …", text := words(argument)):
-                    yield f"{path.relative_to(ROOT)}:{call.lineno}", text
+def test_each_situation_has_symptom_cause_and_cure() -> None:
+    page = (DOCS / "troubleshooting.md").read_text()
+    _, *situations = re.split(r"^(?=## )", page, flags=re.M)
+    assert len(situations) == 20
+    wrong = [text for text in situations if not re.fullmatch(SITUATION, f"{text.strip()}\n")]
+    assert wrong == []
 
 
-def pattern(message: str) -> re.Pattern[str]:
-    return re.compile(".*".join(map(re.escape, re.split("…+", message.replace("`", "")))))
+@pytest.fixture(scope="module")
+def project(copy: Copy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with the digits."""
+    return copy(tmp_path_factory.mktemp("names"))
 
 
-def cells() -> list[str]:
-    """The messages on the page, but for those of others."""
-    ours, _ = PAGE.read_text().split("## What others say")
-    rows = [
-        line.split(" | ")[0].removeprefix("| ") for line in ours.splitlines() if line[:2] == "| "
-    ]
-    return [row.replace("`", "") for row in rows if row != "message"]
+def has(config: Any, key: str) -> bool:
+    """Whether a config has a dotted key."""
+    for part in key.split("."):
+        if not isinstance(config, dict) or part not in config:
+            return False
+        config = config[part]
+    return True
 
 
-def test_every_message_is_on_the_page_and_no_other() -> None:
-    known = [found for path in SOURCES for found in messages(path)]
-    assert len(known) > 100
-    page = cells()
-    missing = [found for found in known if not any(map(pattern(found[1]).search, page))]
-    assert not missing
-    # What is put together from several literals, in `watchdog._differences`.
-    patterns = [pattern(text) for _, text in known] + [pattern("ranks disagree: …")]
-    assert not [cell for cell in page if not any(p.search(cell) for p in patterns)]
+def is_known(span: str, project: Path) -> bool:
+    """Whether a name, a key or a command exists; true of all that is none of these."""
+    package = project / "my_research"
+    config = OmegaConf.to_container(OmegaConf.load(package / "config" / "config.yaml"))
+    if module := re.match(r"python -m my_research\.(\S+)", span):
+        return package.joinpath(*module[1].split(".")).with_suffix(".py").exists()
+    if span.startswith("dora "):
+        command, *options = span.split()[1:]
+        keys = [key[1] for option in options if (key := re.match(r"(\w[\w.]*)=", option))]
+        return command in OF_DORA and all(has(config, key) or key == "debug" for key in keys)
+    if key := re.match(r"((?:checkpoint|data|optim|dora|slurm)\.\w+)(?=$|=)", span):
+        return has(config, key[1]) or (package / "core" / span).exists()
+    if name := re.match(r"(self|steps|distrib)\.(\w+)", span):
+        return name[2] in ATTRIBUTES[name[1]]
+    if re.fullmatch(r"[\w/]+\.py", span):
+        return any(project.rglob(span)) or (ROOT / span).exists()
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_and_commands_exist(page: str, project: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", (DOCS / page).read_text(), flags=re.M | re.S)
+    own = {block.name for block in blocks(DOCS / page)}
+    spans = {*re.findall(r"`([^`\n]+)`", text)} - own
+    assert [span for span in sorted(spans) if not is_known(span, project)] == []

@@ -2,11 +2,13 @@
 
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +22,10 @@ UPSTREAM = "# upstream\n"
 MINE = "# mine\n"
 # Files of the template, and where they are in a project: each has a new first line in NEW.
 CHANGED = {
-    "core/loader.py": "my_research/core/loader.py",
-    "core/formatter.py": "my_research/core/formatter.py",
-    "core/midway.py": "my_research/core/midway.py",
-    "core/tests/test_loader.py": "my_research/core/tests/test_loader.py",
+    "core/data.py": "my_research/core/data.py",
+    "core/metrics.py": "my_research/core/metrics.py",
+    "core/ema.py": "my_research/core/ema.py",
+    "core/tests/test_data.py": "my_research/core/tests/test_data.py",
     "template/examples/digits/package/model.py": "my_research/model.py",
     "template/package/train.py": "my_research/train.py",
 }
@@ -103,14 +105,15 @@ def update(versions: Versions) -> Update:
     """Run the command as a script, which does without the second that importing torch takes."""
 
     def run(project: Path, *arguments: str, code: int = 0, **env: str) -> str:
-        command = [sys.executable, project / "my_research" / "core" / "update.py", *arguments]
+        command = [sys.executable, project / "my_research" / "tools" / "update.py", *arguments]
         return finish(command, project, versions.env | env, code)
 
     return run
 
 
 def finish(command: list[Any], cwd: Path, env: dict[str, str], code: int) -> str:
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    nobody = subprocess.DEVNULL
+    done = subprocess.run(command, cwd=cwd, env=env, stdin=nobody, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     assert not list(Path(env["TMPDIR"]).glob("update-*"))
     assert len(done.stderr.splitlines()) <= 1
@@ -145,7 +148,7 @@ def test_edits_are_kept_and_the_rest_follows(
     assert record(project)["commit"] == versions.old
     assert record(project)["version"] == OLD
     core = project / "my_research" / "core"
-    append(core / "loader.py", MINE)
+    append(core / "data.py", MINE)
     git(project, "mv", "tests/test_digits.py", "tests/test_cnn.py")
     git(project, "mv", "my_research/model.py", "my_research/net.py")
     append(project / "my_research" / "net.py", MINE)
@@ -160,15 +163,14 @@ def test_edits_are_kept_and_the_rest_follows(
     assert update(project, "--check", code=1).count("\n") == 1
     said = update(project, "--dry-run")
     assert " M  my_research/net.py\n" in said
-    assert "Dry run: 0 would await your decision" in said
     assert snapshot(project) == before
 
-    command = [sys.executable, "-m", "my_research.core.update"]
-    assert "git commit" in finish(command, project, versions.env, 0)
+    command = [sys.executable, "-m", "my_research.tools.update"]
+    finish(command, project, versions.env, 0)
     for name in (*CHANGED.values(),):
         path = project / name.replace("model.py", "net.py")
         assert path.read_text().startswith(UPSTREAM), name
-    assert (core / "loader.py").read_text().endswith(MINE)
+    assert (core / "data.py").read_text().endswith(MINE)
     assert (project / "my_research" / "net.py").read_text().endswith(MINE)
     assert not (project / "my_research" / "model.py").exists()
     assert not (project / "LICENSE").exists()
@@ -181,11 +183,12 @@ def test_edits_are_kept_and_the_rest_follows(
     assert record(project)["answers"]["colour"] == "blue"
     assert (project / "outputs" / "x").read_text() == "mine"
 
-    assert "changed since the last commit" in update(project, code=2)
+    assert ".github/" in update(project, code=2), "it is not committed yet"
     git(project, "commit", "-q", "--no-edit")
     assert OLD in git(project, "log", "-1", "--format=%s")
     after = files(project)
-    assert update(project).startswith(f"Up to date: {NEW} ({versions.new[:7]}) of /")
+    assert versions.new[:7] in update(project)
+    assert versions.new in update(project, "--check")
     assert files(project) == after
 
     update(project, "--to", f"v{OLD}")
@@ -197,31 +200,33 @@ def test_edits_are_kept_and_the_rest_follows(
 
 def test_a_clash_is_marked_and_nothing_is_lost(project: Path, update: Update) -> None:
     core = project / "my_research" / "core"
-    prepend(core / "loader.py", MINE)
-    (core / "midway.py").unlink()
+    prepend(core / "data.py", MINE)
+    (core / "ema.py").unlink()
     commit(project)
     before = snapshot(project)
 
     said = update(project, "--dry-run", code=1)
-    assert "UU my_research/core/loader.py" in said
+    assert "UU my_research/core/data.py" in said
     assert snapshot(project) == before
 
     said = update(project, code=1)
-    assert re.search("UU my_research/core/loader.py .*both", said)
-    assert re.search("DU my_research/core/midway.py .*you deleted it", said)
+    assert "UU my_research/core/data.py" in said
+    assert "DU my_research/core/ema.py" in said
     assert re.match(
         rf"<<<<<<< .*\n{MINE}\|\|\|\|\|\|\| .*\n=======\n{UPSTREAM}>>>>>>> .*\n",
-        (core / "loader.py").read_text(),
+        (core / "data.py").read_text(),
     )
-    assert (core / "formatter.py").read_text().startswith(UPSTREAM)
-    assert "changed since the last commit" in update(project, code=2)
+    assert (core / "metrics.py").read_text().startswith(UPSTREAM)
+    update(project, code=2)
 
     git(project, "reset", "-q", "--hard")
     assert files(project) == {k: v for k, v in before.items() if "/.git/" not in k}
     assert git(project, "status", "--porcelain") == ""
 
 
-def test_a_folder_in_a_larger_repo(project: Path, update: Update, tmp_path: Path) -> None:
+def test_a_folder_in_a_larger_repo(
+    versions: Versions, project: Path, update: Update, tmp_path: Path
+) -> None:
     root = tmp_path / "all"
     inner = root / "apps" / "vision"
     shutil.copytree(project, inner)
@@ -229,17 +234,18 @@ def test_a_folder_in_a_larger_repo(project: Path, update: Update, tmp_path: Path
     (root / "README.md").write_text("others'\n")
     (root / "notes.txt").write_text("not committed")
     git(root, "init", "-q")
-    assert "git add --all" in update(inner, code=2)
-    append(inner / "my_research" / "core" / "loader.py", MINE)
+    here = "--template", str(versions.repo)
+    assert str(inner) in update(inner, *here, code=2), "nothing is committed yet"
+    append(inner / "my_research" / "core" / "data.py", MINE)
     git(root, "add", "apps", "README.md")
     git(root, "commit", "-qm", "mine")
     before = files(root)
     (root / "README.md").write_text("changed\n")
-    assert "README.md changed" in update(inner, code=2)
+    assert "README.md" in update(inner, code=2)
     git(root, "checkout", "-q", "README.md")
 
     update(inner)
-    text = (inner / "my_research" / "core" / "loader.py").read_text()
+    text = (inner / "my_research" / "core" / "data.py").read_text()
     assert text.startswith(UPSTREAM)
     assert text.endswith(MINE)
     staged = git(root, "diff", "--staged", "--name-only").splitlines()
@@ -257,7 +263,7 @@ def test_other_answers_and_none_of_cookiecutters_own_files(
     rc = home / ".cookiecutterrc"
     rc.write_text("default_context: {colour: red}\n")
     before = snapshot(home)
-    append(project / "my_research" / "core" / "loader.py", MINE)
+    append(project / "my_research" / "core" / "data.py", MINE)
     prepend(project / "my_research" / "solver.py", MINE)
     commit(project)
     answers = {"license": "none", "tracker": "wandb", "package_name": "other"}
@@ -272,7 +278,7 @@ def test_other_answers_and_none_of_cookiecutters_own_files(
     assert "wandb" in about["dependencies"]
     assert "tensorboard" not in about["dependencies"]
     assert record(project)["answers"].items() >= (answers | kept).items()
-    text = (project / "other" / "core" / "loader.py").read_text()
+    text = (project / "other" / "core" / "data.py").read_text()
     assert text.startswith(UPSTREAM)
     assert text.endswith(MINE)
     assert (project / "other" / "solver.py").read_text().startswith(MINE)
@@ -306,43 +312,51 @@ def in_the_way(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "arguments", "word"),
+    ("spoil", "arguments", "culprit"),
     [
-        (edit, [], "README.md changed since the last commit"),
-        (forget, [], "is in no git repo"),
-        (uncommitted, [], "is not committed"),
-        (unrecorded, [], "no .template.json"),
-        (spoilt, [], "can't be read"),
-        (in_the_way, [], "my_research/core/added.py is not committed, and in the way"),
-        (None, ["--to", "nope"], f"no tag, branch or commit nope in .*v{NEW}, v{OLD}"),
-        (None, ["--template", "/nowhere"], "no template at /nowhere"),
-        (None, ["--template", "git+file:///nowhere.git"], "nowhere.git' does not "),
-        (None, ["--set", "licence=none"], "no answer is called licence: .*license"),
-        (None, ["--set", "license=GPL"], "GPL.*MIT"),
-        (None, ["--set", "package_name=torch"], "would hide a package"),
-        (None, ["--set", "license"], "ANSWER=VALUE"),
+        (edit, [], "README.md"),
+        (forget, ["--template", "{repo}"], "my-research"),
+        (uncommitted, ["--template", "{repo}"], "my-research"),
+        (unrecorded, [], ".template.json"),
+        (spoilt, [], ".template.json"),
+        (in_the_way, [], "my_research/core/added.py"),
+        (None, ["--to", "nope"], "nope"),
+        (None, ["--to=--orphan=x"], "--orphan=x"),
+        (None, ["--template", "/nowhere"], "/nowhere"),
+        (None, ["--template", "/nowhere.zip"], "/nowhere.zip"),
+        (None, ["--template", "git+file:///nowhere.git"], "/nowhere.git"),
+        (None, ["--set", "licence=none"], "licence"),
+        (None, ["--set", "license=GPL"], "GPL"),
+        (None, ["--set", "package_name=torch"], "torch"),
+        (None, ["--set", "author_name={% x %}"], "author_name"),
+        (None, ["--set", "license"], "license"),
     ],
 )
 def test_refused_in_one_line(
     spoil: Callable[[Path], None] | None,
     arguments: list[str],
-    word: str,
+    culprit: str,
+    versions: Versions,
     project: Path,
     update: Update,
 ) -> None:
     if spoil:
         spoil(project)
     before = files(project)
-    [*_, line] = update(project, *arguments, code=2).splitlines()
-    assert re.match(f"update: .*{word}", line), line
+    given = [argument.replace("{repo}", str(versions.repo)) for argument in arguments]
+    [*_, line] = update(project, *given, code=2).splitlines()
+    assert line.startswith("update: ")
+    assert culprit in line
     assert files(project) == before
 
 
-def test_refused_without_its_tools(versions: Versions, project: Path, update: Update) -> None:
-    assert update(project, code=2, PATH="/nowhere").startswith("update: git was not found")
-    command = [sys.executable, "-S", project / "my_research" / "core" / "update.py"]
-    said = finish(command, project, versions.env, 2)
-    assert said.startswith("update: cookiecutter was not found")
+def test_refused_without_its_tools(versions: Versions, project: Path, tmp_path: Path) -> None:
+    script = project / "my_research" / "tools" / "update.py"
+    said = finish([sys.executable, script], project, versions.env | {"PATH": "/nowhere"}, 2)
+    assert "git" in said
+    venv.create(tmp_path / "bare", symlinks=True, with_pip=False)
+    said = finish([tmp_path / "bare" / "bin" / "python", script], project, versions.env, 2)
+    assert "cookiecutter" in said
 
 
 def render(versions: Versions, folder: Path, source: str | Path, *options: str) -> Path:
@@ -386,8 +400,10 @@ def test_from_a_zip(versions: Versions, update: Update, tmp_path: Path) -> None:
     project = render(versions, tmp_path / "out", f"../{old.name}")
     assert record(project)["template"] == str(old)
     assert record(project)["commit"] == versions.old
-    assert "leave out --to" in update(project, "--to", "v2", code=2)
-    assert "Up to date" in update(project)
+    assert old.name in update(project, "--to", "v2", code=2)
+    update(project, "--check")
+    assert OLD in update(project)
+    update(project, "--check", "--template", f"../../{new.name}", code=1)
     update(project, "--template", f"../../{new.name}")
     assert record(project)["template"] == str(new)
     assert record(project)["commit"] == versions.new
@@ -395,10 +411,7 @@ def test_from_a_zip(versions: Versions, update: Update, tmp_path: Path) -> None:
 
     git(project, "reset", "-q", "--hard")
     shutil.move(new, old)
-    said = update(project, code=2)
-    assert (
-        f"update: {OLD} ({versions.old[:7]}), which this project came from, was not found" in said
-    )
+    assert versions.old[:7] in update(project, code=2), "no place has that version any more"
 
 
 def test_from_a_folder_without_git(versions: Versions, update: Update, tmp_path: Path) -> None:
@@ -408,14 +421,17 @@ def test_from_a_folder_without_git(versions: Versions, update: Update, tmp_path:
     git(versions.repo, "worktree", "prune")
     project = render(versions, tmp_path / "out", plain)
     assert record(project)["commit"] is None
-    assert update(project).startswith(f"Up to date: {OLD} (no commit) of /")
+    update(project, "--check")
+    assert OLD in update(project)
+    assert str(plain) in update(project, "--to", "v2", code=2)
     update(project, "--set", "license=none")
     assert not (project / "LICENSE").exists()
     git(project, "reset", "-q", "--hard")
 
     release_text = (plain / "core" / "__init__.py").read_text().replace(OLD, NEW)
     (plain / "core" / "__init__.py").write_text(release_text)
-    assert f"update: {OLD} (no commit), which this project came from" in update(project, code=2)
+    update(project, "--check", code=1)
+    assert OLD in update(project, code=2), "the folder has no longer the version it came from"
     update(project, "--template", str(versions.repo))
     assert record(project)["commit"] == versions.new
     assert (project / "my_research" / "train.py").read_text().startswith(UPSTREAM)
@@ -429,12 +445,134 @@ def test_changes_of_the_template_without_a_commit_count_as_the_users(
     (repo / "notes.txt").write_text("not rendered")
     project = render(versions, tmp_path / "clean", repo)
     assert record(project)["commit"] == versions.new
-    append(repo / "core" / "loader.py", MINE)
+    append(repo / "core" / "data.py", MINE)
     project = render(versions, tmp_path / "dirty", repo)
     assert record(project)["commit"] == f"{versions.new}-dirty"
-    assert "Up to date" in update(project)
+    update(project, "--check")
+    before = files(project)
+    update(project)
+    assert files(project) == before
     update(project, "--to", f"v{OLD}")
     assert record(project)["commit"] == versions.old
-    text = (project / "my_research" / "core" / "loader.py").read_text()
+    text = (project / "my_research" / "core" / "data.py").read_text()
     assert text.endswith(MINE)
     assert not text.startswith(UPSTREAM)
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    """A file that is there once code from a hostile template or record has run."""
+    return tmp_path / "mark"
+
+
+@pytest.fixture
+def hostile(versions: Versions, mark: Path, tmp_path: Path) -> Path:
+    """A template whose hooks leave the mark."""
+    repo = tmp_path / "hostile"
+    git(tmp_path, "clone", "-q", str(versions.repo), str(repo))
+    for hook in (repo / "hooks").glob("*.py"):
+        append(hook, f"\n__import__('pathlib').Path({str(mark)!r}).touch()\n")
+    git(repo, "commit", "-qam", "hostile")
+    return repo
+
+
+def claim(project: Path, **fields: Any) -> None:
+    """Commit another record, as somebody's repo may have it."""
+    (project / ".template.json").write_text(json.dumps(record(project) | fields))
+    commit(project)
+
+
+ANYHOW = pytest.mark.parametrize("option", ["--check", "--dry-run"])
+
+
+@ANYHOW
+@pytest.mark.parametrize(
+    "address",
+    ["{repo}", "{repo}.zip", "file://{repo}", "ext::sh -c 'touch {mark}'", "-u=touch {mark}"],
+)
+def test_a_new_address_is_not_used_unasked(
+    address: str, option: str, hostile: Path, mark: Path, project: Path, update: Update
+) -> None:
+    shutil.make_archive(str(hostile), "zip", hostile.parent, hostile.name)
+    named = address.format(repo=hostile, mark=mark)
+    claim(project, template=named)
+    before = snapshot(project)
+    assert repr(named) in update(project, option, code=2)
+    assert snapshot(project) == before
+    assert not mark.exists()
+
+
+def test_an_address_is_confirmed_once_in_a_clone(
+    versions: Versions, project: Path, update: Update, tmp_path: Path
+) -> None:
+    git(tmp_path, "clone", "-q", str(project), "clone")
+    clone = tmp_path / "clone"
+    script = clone / "my_research" / "tools" / "update.py"
+    for answer, code in (("\n", 2), ("n\n", 2), ("yes\n", 1)):
+        there, here = pty.openpty()
+        os.write(there, answer.encode())
+        command = [sys.executable, str(script), "--check"]
+        done = subprocess.run(command, stdin=here, env=versions.env, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert str(versions.repo) in done.stdout
+        os.close(there)
+        os.close(here)
+    update(clone, "--check", code=1)
+
+    git(tmp_path, "clone", "-q", str(project), "other")
+    other = tmp_path / "other"
+    update(other, code=2)
+    update(other, "--check", "--template", str(versions.repo), code=1)
+    update(other)
+    assert record(other)["commit"] == versions.new
+
+
+def test_check_runs_nothing_of_the_template(
+    hostile: Path, mark: Path, project: Path, update: Update
+) -> None:
+    update(project, "--check", "--template", str(hostile), code=1)
+    assert not mark.exists()
+    update(project, "--template", str(hostile))
+    assert mark.exists(), "the hooks leave no mark, so the test shows nothing"
+
+
+CODE = "{{ cycler.__init__.__globals__.os.popen('touch MARK').read() }}"
+
+
+@ANYHOW
+@pytest.mark.parametrize(
+    ("fields", "culprit"),
+    [
+        ({"commit": "--upload-pack=touch MARK; git-upload-pack"}, "--upload-pack"),
+        ({"commit": None, "version": "0.0.1; touch MARK"}, "0.0.1; touch"),
+        ({"answers": {"author_name": CODE}}, "author_name"),
+        ({"answers": {"author_name": [CODE]}}, "author_name"),
+        ({"answers": {"project_slug": "../../../mark"}}, "project_slug"),
+        ({"answers": {"--config-file": "MARK.yaml"}}, ""),
+        ({"answers": {"--debug-file": "MARK"}}, ""),
+    ],
+)
+def test_the_rest_of_a_record_is_not_trusted(
+    fields: dict[str, Any],
+    culprit: str,
+    option: str,
+    mark: Path,
+    project: Path,
+    update: Update,
+) -> None:
+    fields = json.loads(json.dumps(fields).replace("MARK", str(mark)))
+    fields |= {"answers": record(project)["answers"] | fields.get("answers", {})}
+    claim(project, **fields)
+    if option == "--check":
+        update(project, option, code=1)
+    else:
+        assert culprit in update(project, option, code=2 if culprit else 0)
+    assert not mark.exists()
+
+
+def test_a_base_is_rendered_from_confirmed_addresses_only(
+    versions: Versions, hostile: Path, mark: Path, project: Path, update: Update
+) -> None:
+    claim(project, template=str(hostile), commit=git(hostile, "rev-parse", "HEAD"))
+    assert str(hostile) in update(project, "--template", str(versions.repo), code=2)
+    assert not mark.exists()

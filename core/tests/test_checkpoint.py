@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from .. import BaseSolver, checkpoint, distrib
-from ..background import Writer
-from ..checkpoint import CheckpointError, Policy
+from ..checkpoint import CheckpointError, Policy, Writer
 from ..utils import UserError
 from .processes import on_ranks
 
@@ -58,7 +57,7 @@ def test_the_state_comes_back(path: Path) -> None:
     state = checkpoint.load(path)
     assert state is not None
     assert state["epoch"] == 3
-    assert state.keys() == {"epoch", "x"}
+    assert state.keys() == {"checkpoint", "epoch", "x"}
     assert names(path) == ["checkpoint.2.th", "checkpoint.th"]
 
 
@@ -167,12 +166,12 @@ def test_what_is_not_ours_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch
         (Policy(last=3), [5, 6]),
         (Policy(last=20), [1, 2, 3, 4, 5, 6]),
         (Policy(last=1, every=3), [3, 6]),
-        (Policy(last=1, best="valid.loss"), [4]),
-        (Policy(last=1, best="valid.loss", mode="max"), [2]),
-        (Policy(last=2, every=4, best="valid.loss", mode="max"), [2, 4, 6]),
-        (Policy(last=1, best="valid.acc"), [2]),
-        (Policy(last=1, best="valid.acc", mode="min"), [4]),
-        (Policy(last=1, best="valid.unknown"), []),
+        (Policy(last=1, best="min valid.loss"), [4]),
+        (Policy(last=1, best="max valid.loss"), [2]),
+        (Policy(last=2, every=4, best="max valid.loss"), [2, 4, 6]),
+        (Policy(last=1, best="max valid.acc"), [2]),
+        (Policy(last=1, best="min valid.acc"), [4]),
+        (Policy(last=1, best="min valid.unknown"), []),
     ],
 )
 def test_what_is_kept(policy: Policy, kept: list[int], path: Path) -> None:
@@ -221,15 +220,17 @@ def test_too_little_memory_is_no_damage(path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_best_metric_that_nobody_logs_is_said(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoint.save({}, path, history(1.0), Policy(best="valid.loss"))
+    checkpoint.save({}, path, history(1.0), Policy(best="min valid.loss"))
     assert not caplog.messages
-    checkpoint.save({}, path, history(1.0, 2.0), Policy(best="valid.los"))
-    assert "no epoch has valid.los; there are valid.loss" in caplog.text
+    checkpoint.save({}, path, history(1.0, 2.0), Policy(best="min valid.los"))
+    assert "valid.los;" in caplog.text
 
 
-@pytest.mark.parametrize("wrong", [{"last": 0}, {"every": -1}, {"mode": "low"}])
+@pytest.mark.parametrize(
+    "wrong", [{"last": 0}, {"every": -1}, {"minutes": -1}, {"best": "valid.loss"}]
+)
 def test_a_wrong_policy_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="mode auto, min or max; not last="):
+    with pytest.raises(UserError, match="last="):
         Policy(**wrong)
 
 
@@ -238,22 +239,21 @@ def test_a_wrong_policy_is_refused(wrong: dict[str, Any]) -> None:
 
 class Solver(BaseSolver):
     def __init__(self, folder: Path, background: bool = True) -> None:
-        super().__init__(folder)
-        self.checkpoints = Policy(background=background)
-        self.weights = torch.zeros(1000)
+        super().__init__(folder, Policy(background=background))
+        self.weight = torch.zeros(1000)
         self.big = torch.zeros(200_000)
-        self.register_stateful("weights", "big")
+        self.register_stateful("weight", "big")
 
     def run(self, epochs: int = 3, hold: Callable[[], None] = lambda: None) -> None:
-        self.restore()
-        while self.epoch <= epochs:
-            self.run_stage("train", self.train)
-            self.commit()
-            hold()
+        with self.running():
+            while self.epoch <= epochs:
+                self.run_stage("train", self.train)
+                self.commit()
+                hold()
 
     def train(self) -> dict[str, float]:
-        self.weights += 1
-        return {"loss": float(self.weights[0])}
+        self.weight += 1
+        return {"loss": float(self.weight[0])}
 
 
 def slowly(monkeypatch: pytest.MonkeyPatch, until: threading.Event) -> None:
@@ -278,9 +278,9 @@ def test_training_goes_on_during_the_write(tmp_path: Path, monkeypatch: pytest.M
     # What is not safe is not published either.
     assert not (tmp_path / "history.json").exists()
     go.set()
-    solver.wait()
+    solver._wait()
     saved = checkpoint.read(solver.checkpoint_path)
-    assert saved["weights"].unique().tolist() == [1.0], "it saw the second epoch"
+    assert saved["weight"].unique().tolist() == [1.0], "it saw the second epoch"
     assert solver.xp.link.history == solver.history[:1]
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from .. import distrib, gradients, loader
+from .. import data, distrib
+from ..distrib import gradients
 from ..utils import averager
 from .processes import on_ranks
 
@@ -99,15 +100,15 @@ def test_gradients_equal_those_of_the_full_batch(how: str) -> None:
 def _train_and_evaluate() -> dict[str, Any]:
     """Two epochs of 48 examples in global batches of 12, then an evaluation of 13 examples."""
     points = torch.randn(48, 6, generator=torch.Generator().manual_seed(2)).double()
-    data = torch.utils.data.TensorDataset(points, points.sum(1, keepdim=True))
-    batches = loader.loader(data, loader.split_batch(12), shuffle=True)
+    numbers = torch.utils.data.TensorDataset(points, points.sum(1, keepdim=True))
+    batches = data.loader(numbers, data.split_batch(12), shuffle=True)
     torch.manual_seed(distrib.rank())  # ranks begin with different weights
     model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 1)).double()
     distrib.broadcast_model(model)
     optim = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = []
     for epoch in (1, 2):
-        loader.set_epoch(epoch)
+        data.set_epoch(epoch)
         for x, y in batches:
             optim.zero_grad()
             with distrib.eager_sync_model(model):
@@ -118,7 +119,7 @@ def _train_and_evaluate() -> dict[str, Any]:
     seen: list[float] = []
     average = averager()
     metrics: Mapping[str, float] = {}
-    for x, y in loader.loader(torch.utils.data.Subset(data, range(13)), 2):
+    for x, y in data.loader(torch.utils.data.Subset(numbers, range(13)), 2):
         metrics = average({"loss": (model(x) - y).pow(2).mean().detach()}, weight=len(x))
         seen += y.flatten().tolist()
     return {

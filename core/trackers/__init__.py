@@ -1,8 +1,9 @@
-"""Where metrics and media go: local files, TensorBoard, Weights & Biases, or your own."""
+"""Trackers of metrics and media: local files, TensorBoard, Weights & Biases, or your own.
 
-from .base import Tracker
+`tensorboard.py` and `wandb.py` are imported when used.
+"""
+
+from .base import Tracker, check_audio, check_image
 from .local import LocalFiles
-from .tensorboard import TensorBoard
-from .wandb import WandB
 
-__all__ = ["LocalFiles", "TensorBoard", "Tracker", "WandB"]
+__all__ = ["LocalFiles", "Tracker", "check_audio", "check_image"]

@@ -1,4 +1,4 @@
-"""What a tracker is: somewhere to send metrics and media."""
+"""The base of all trackers, and checks of metrics and media."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import IO, Any, Self
 import numpy as np
 import torch
 
-from ..xp import XP, get_xp
+from ..run import XP, get_xp
 
 
 class Tracker:
-    """Base of all trackers; what one does not override goes nowhere.
+    """Base of all trackers; results of a method that one does not override go nowhere.
 
     Trackers exist on rank zero only, and see checked values: metrics are plain numbers, audio is a
     float tensor `[C, T]` in -1..1, an image is a float tensor `[C, H, W]` in 0..1 with 1, 3 or 4
@@ -38,13 +38,13 @@ class Tracker:
     def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
         """Log a point of the stage's curves by step."""
 
-    def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int]) -> None:
-        """Forget what was logged after the point from which the run resumes.
+    def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int] | None) -> None:
+        """Forget the results after the point from which the run resumes.
 
         Args:
             epoch: in which it resumes.
             done: stages of this epoch that are done.
-            steps: taken by each stage until then.
+            steps: taken by each stage until then; None if unknown.
         """
 
     def log_audio(

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..run import XP
 from ..utils import flatten
-from ..xp import XP
 from .base import Tracker
 
 
@@ -36,7 +36,7 @@ class TensorBoard(Tracker):
         self._epoch: int | None = None
         self._steps: Mapping[str, int] | None = None
 
-    def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int]) -> None:
+    def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int] | None) -> None:
         # TensorBoard can be told to forget all from some step on. Of an epoch that is half done,
         # nothing can be told apart: a point may then come twice, with the same value.
         self._epoch = None if done else epoch

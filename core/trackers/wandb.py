@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..xp import XP
+from ..run import XP
 from .base import Tracker, to_bytes, write_wav
 
 logger = logging.getLogger(__name__)

@@ -3,9 +3,9 @@
 import torch
 
 from .core import distrib, setup_logging
+from .core.launch import hydra_main
 from .core.rng import seed_everything
 from .core.utils import UserError
-from .core.xp import hydra_main
 from .schema import Config
 from .solver import Solver
 
@@ -20,12 +20,18 @@ def main(cfg: Config) -> None:
     Solver(cfg).run()
 
 
-def load_solver(sig: str, device: str = "cpu") -> Solver:
-    """Return the solver of a run, as of its last commit, to look at in a notebook or script."""
+def load_solver(sig: str, version: str = "latest", device: str = "cpu") -> Solver:
+    """Return the solver of a run, to look at in a notebook or script.
+
+    Args:
+        sig: the run's signature.
+        version: `latest` for the last commit, `best`, or `ema` for the averaged weights.
+        device: of the solver.
+    """
     xp = main.get_xp_from_sig(sig)
     xp.cfg.device = device
     solver = Solver(xp.cfg, xp)
-    if not solver.restore(read_only=True):
+    if not solver.restore(read_only=True, version=version):
         raise UserError(f"run {sig} has no checkpoint yet: {solver.checkpoint_path}")
     return solver
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from {{ cookiecutter.package_name }}.core.rng import seed_everything
-from {{ cookiecutter.package_name }}.core.xp import FolderXP
+from {{ cookiecutter.package_name }}.core.run import FolderXP
 from {{ cookiecutter.package_name }}.solver import Solver
 from {{ cookiecutter.package_name }}.train import main
 
@@ -19,7 +19,7 @@ def make_solver(folder: Path, *overrides: str) -> Solver:
     """A freshly seeded solver, on the CPU and without trackers, whose run is the folder."""
     cfg = main.get_xp(["device=cpu", "trackers=[]", *overrides]).cfg
     seed_everything(cfg.seed)
-    return Solver(cfg, FolderXP(folder))
+    return Solver(cfg, FolderXP(folder, cfg))
 
 
 def train(folder: Path, *overrides: str) -> Solver:
@@ -31,15 +31,15 @@ def train(folder: Path, *overrides: str) -> Solver:
 
 def interrupt(solver: Solver, epoch: int) -> None:
     """Run, and press Ctrl-C in the validation of an epoch."""
-    valid = solver.valid
+    valid = Solver.valid
 
-    def interrupted() -> dict[str, float]:
+    def interrupted(solver: Solver) -> dict[str, float]:
         if solver.epoch == epoch:
             raise KeyboardInterrupt
-        return valid()
+        return valid(solver)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solver, "valid", interrupted)
+        patch.setattr(Solver, "valid", interrupted)
         with pytest.raises(KeyboardInterrupt):
             solver.run()
     assert len(solver.history) == epoch - 1

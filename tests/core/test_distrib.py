@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from core import distrib, process_group
+from core import averager, distrib
+from core.ema import EMA
+from core.modules import load_module_state, module_state
 from core.rng import seed_everything
 from core.tests.processes import on_ranks
-from core.utils import UserError, averager
-from core.weights import EMA, load_module_state, module_state
+from core.utils import UserError
 
 from ..commands import ROOT, run
 
@@ -50,9 +51,9 @@ def test_missing_cuda_is_said() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is CUDA here")
     assert distrib.device("auto").type in ("cpu", "mps")
-    with pytest.raises(UserError, match="CUDA is not available"):
+    with pytest.raises(UserError, match="device=cuda"):
         distrib.device("cuda")
-    with pytest.raises(UserError, match="device=gpu: there are auto"):
+    with pytest.raises(UserError, match="device=gpu"):
         distrib.device("gpu")
 
 
@@ -61,7 +62,7 @@ def test_nccl_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("there is CUDA here")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="use gloo"):
+    with pytest.raises(UserError, match="nccl"):
         distrib.init(backend="nccl")
 
 
@@ -154,7 +155,7 @@ def _threads_after_leaving() -> list[str]:
     with distrib.eager_sync_model(model):
         model(torch.ones(1, 2)).sum().backward()
     optim.step()
-    process_group.leave()
+    distrib.leave()
     threads = Path("/proc/self/task").iterdir()
     return [name for t in threads if "runloop" in (name := (t / "comm").read_text())]
 
@@ -185,7 +186,7 @@ def test_workers_without_a_meeting_point(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="rank 1 of 2 does not know where to meet"):
+    with pytest.raises(UserError, match="rank 1 of 2"):
         distrib.init()
 
 
@@ -197,16 +198,16 @@ def test_a_port_that_is_taken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         here = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in here.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=f"rank 0 of 2 can't meet .*{port}.* the port free"):
+        with pytest.raises(UserError, match=f"rank 0 of 2 .*{port}"):
             distrib.init()
 
 
 def test_a_forgotten_init_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match=r"barrier: call distrib\.init\(\) first"):
+    with pytest.raises(RuntimeError, match=r"barrier.*distrib\.init"):
         distrib.barrier()
-    with pytest.raises(RuntimeError, match=r"broadcast_tensors .* call distrib\.init"):
+    with pytest.raises(RuntimeError, match=r"broadcast_tensors.*distrib\.init"):
         distrib.broadcast_model(nn.Linear(1, 1))
 
 

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from core import BaseSolver, distrib
+from core.checkpoint import Policy
+from core.ema import EMA
 from core.tests.processes import on_ranks
-from core.weights import EMA, Best
 
 
 class Solver(BaseSolver):
     def __init__(self, folder: Path, epochs: int) -> None:
-        super().__init__(folder)
+        super().__init__(folder, Policy(best="min valid.loss"))
         self.epochs = epochs
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)).double()
@@ -27,15 +28,14 @@ class Solver(BaseSolver):
             fully_shard(self.model, mesh=init_device_mesh("cpu", (distrib.world_size(),)))
         self.optim = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.ema = EMA({"model": self.model}, decay=0.5)
-        self.best = Best({"model": self.model})
-        self.register_stateful("model", "optim", "ema", "best")
+        self.register_stateful("model", "optim", "ema")
 
     def run(self) -> None:
-        self.restore()
-        while self.epoch <= self.epochs:
-            self.run_stage("train", self.train)
-            self.run_stage("valid", self.valid)
-            self.commit()
+        with self.running():
+            while self.epoch <= self.epochs:
+                self.run_stage("train", self.train)
+                self.run_stage("valid", self.valid)
+                self.commit()
 
     def loss(self) -> torch.Tensor:
         points = torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4)
@@ -56,9 +56,10 @@ class Solver(BaseSolver):
     def valid(self) -> dict[str, float]:
         with self.ema.swapped():
             metrics = distrib.average_metrics({"loss": self.loss()})
-        self.best.update(metrics["loss"])
-        with self.best.swapped():
-            return metrics
+        if self.history:
+            with self.weights("best"):
+                metrics["best"] = distrib.average_metrics({"loss": self.loss()})["loss"]
+        return metrics
 
 
 def _train(folder: Path, epochs: int) -> dict[str, Any]:
@@ -66,11 +67,11 @@ def _train(folder: Path, epochs: int) -> dict[str, Any]:
     solver.run()
     state = solver.state_dict()
     tensors = [*state["model"].values(), *state["ema"]["model"].values()]
-    tensors += state["best"]["states"]["model"].values()
     tensors += [s["exp_avg"] for s in state["optim"]["state"].values()]
     return {
         "numbers": torch.cat([t.flatten() for t in tensors]).tolist(),
         "losses": [e["valid"]["loss"] for e in solver.history],
+        "best": [e["valid"]["best"] for e in solver.history[1:]],
     }
 
 

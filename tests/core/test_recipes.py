@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from core import BaseSolver, checkpoint, distrib
-from core import loader as loading
-from core.loader import loader
+from core import BaseSolver, data, distrib
+from core.checkpoint import Policy
+from core.data import loader
 from core.rng import seed_everything
+from core.stop import Stopped
 from core.tests.processes import on_ranks
 from core.utils import UserError
-from core.xp import Preempted
 
 from ..conftest import ROOT
 
@@ -42,7 +42,7 @@ def recipe(title: str, **names: Any) -> dict[str, Any]:
 
 def test_blocks_are_short() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert len(blocks) == 9
+    assert len(blocks) == 8
     for block in blocks:
         assert len([line for line in block.splitlines() if line.strip()]) < 15, block
 
@@ -55,9 +55,10 @@ class Solver(BaseSolver):
     """Learns to tell few from many; can be stopped within an epoch, or killed there."""
 
     sampler: Any = None
+    policy = Policy()
 
     def __init__(self, folder: Path, seen: Seen, stop: Any = None) -> None:
-        super().__init__(folder)
+        super().__init__(folder, self.policy)
         self.seen, self.stop = seen, stop
         self.cfg = SimpleNamespace(epochs=5, valid_every=3)
         self.data = TensorDataset(torch.arange(24), LABELS)
@@ -71,24 +72,23 @@ class Solver(BaseSolver):
         self.register_stateful("optim")
 
     def run(self) -> None:
-        self.restore()
-        while self.epoch <= self.cfg.epochs:
-            self.run_stage("train", self.train)
-            self.run_stage("valid", self.valid)
-            self.commit()
+        with self.running():
+            while self.epoch <= self.cfg.epochs:
+                self.run_stage("train", self.train)
+                self.run_stage("valid", self.valid)
+                self.commit()
 
     def train(self) -> dict[str, float]:
-        average = self.averager()
-        for numbers, labels in self.log_progress("train", self.train_loader):
+        steps = self.steps(self.train_loader)
+        for numbers, labels in steps:
             loss = self.loss(numbers, labels)
             loss.backward()
             self.update()
-            average({"loss": loss}, len(labels))
-            self.see(numbers.tolist())
-        return distrib.average_metrics(average)
+            steps.log({"loss": loss}, len(labels))
+            self.see((self.epoch, steps.step), numbers.tolist())
+        return steps.metrics()
 
-    def see(self, numbers: list[int]) -> None:
-        position = self.epoch, self.steps["train"]
+    def see(self, position: tuple[int, int], numbers: list[int]) -> None:
         assert self.seen.setdefault(position, numbers) == numbers
         if self.stop and self.stop[0] == position:
             if self.stop[1] is KeyboardInterrupt:
@@ -113,7 +113,7 @@ def interrupted(kind: type[Solver], folder: Path) -> tuple[Solver, Solver]:
     """Run a solver twice, once with three interruptions; check that both end alike."""
     solvers: list[Solver] = []
     seen: list[Seen] = [{}, {}]
-    stops = [((2, 9), Preempted), ((3, 15), KeyboardInterrupt), ((5, "valid"), KeyboardInterrupt)]
+    stops = [((2, 2), Stopped), ((3, 2), KeyboardInterrupt), ((5, "valid"), KeyboardInterrupt)]
     for name, reasons in (("whole", [None]), ("stopped", [*stops, None])):
         for stop in reasons:
             seed_everything(0)
@@ -170,22 +170,32 @@ def test_a_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn.shape == (30, 4)
     assert 0.35 < drawn.double().mean() < 0.65
 
-    loading.set_epoch(1)
+    data.set_epoch(1)
     first = [*balanced(whole.data, shuffle=True, seed=0)]
     shares = []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        loading.set_epoch(1)
+        data.set_epoch(1)
         shares.append([*balanced(whole.data, shuffle=True, seed=0)])
     assert torch.tensor(shares).T.flatten().tolist() == first
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it from 2.9 on")
 def test_two_optimizers(tmp_path: Path) -> None:
-    names = recipe("Two optimizers", torch=torch)
-    methods = {name: names[name] for name in ("build_optimizers", "update")}
-    whole, resumed = interrupted(type("Both", (Solver,), methods), tmp_path)
+    class Both(Solver):
+        def build_optimizers(self) -> None:
+            parameters = [*self.model.parameters()]
+            self.muon: Any = torch.optim.Muon([p for p in parameters if p.ndim == 2], lr=2e-2)
+            self.adamw = torch.optim.AdamW([p for p in parameters if p.ndim != 2], lr=3e-3)
+            self.register_stateful("muon", "adamw")
+
+        def update(self) -> None:
+            for optim in (self.muon, self.adamw):
+                optim.step()
+                optim.zero_grad()
+
+    whole, resumed = interrupted(Both, tmp_path)
     for name in ("muon", "adamw"):
         one, other = (solver.state_dict()[name]["state"] for solver in (whole, resumed))
         assert len(one) == len(other) == 2
@@ -198,17 +208,18 @@ def stopping_early(folder: Path, losses: list[float], stop: Any = None, **how: A
     stalled = recipe("Early stopping")["stalled"]
     line = re.findall(r"`(while .*stalled.*)` in `run`", README.read_text())
     assert line == [
-        'while self.epoch <= self.cfg.epochs and not stalled(self.history, "valid.loss"):'
+        'while self.epoch <= self.cfg.epochs and not stalled(self.history, "min valid.loss"):'
     ]
+    best = how.pop("best", "min valid.loss")
 
     class Early(Solver):
         def run(self) -> None:
-            self.restore()
             self.cfg.epochs = len(losses)
-            while self.epoch <= self.cfg.epochs and not stalled(self.history, "valid.loss", **how):
-                self.run_stage("train", self.train)
-                self.run_stage("valid", self.valid)
-                self.commit()
+            with self.running():
+                while self.epoch <= self.cfg.epochs and not stalled(self.history, best, **how):
+                    self.run_stage("train", self.train)
+                    self.run_stage("valid", self.valid)
+                    self.commit()
 
         def valid(self) -> dict[str, float]:
             return {"loss": losses[self.epoch - 1] * (1 - 2 * distrib.rank())}
@@ -227,7 +238,7 @@ NAN = math.nan
         ([3.0, 2.0, NAN, 2.5, 2.1, 1.0, 1.0], {}, 5),
         ([3.0, 2.0, NAN, 2.5, 2.1, 1.0, 1.0], {"patience": 4}, 7),
         ([NAN] * 9, {}, 3),
-        ([NAN, 1.0, 2.0, 3.0, 2.0, NAN, 2.0, 9.0], {"mode": "max"}, 7),
+        ([NAN, 1.0, 2.0, 3.0, 2.0, NAN, 2.0, 9.0], {"best": "max valid.loss"}, 7),
         ([4.0, 3.0, 2.0, 1.0], {}, 4),
         ([4.0, 3.0, 3.0, 1.0], {"patience": 0}, 3),
     ],
@@ -239,18 +250,18 @@ def test_early_stopping(
     again = stopping_early(tmp_path, losses, **how)
     assert (len(again.history), again.seen) == (epochs, {})
     with pytest.raises(KeyboardInterrupt):
-        stopping_early(tmp_path / "killed", losses, ((3, 14), KeyboardInterrupt), **how)
+        stopping_early(tmp_path / "killed", losses, ((3, 1), KeyboardInterrupt), **how)
     killed = stopping_early(tmp_path / "killed", losses, **how)
     assert len(killed.history) == epochs
-    assert min(killed.seen) == (3, 13)
+    assert min(killed.seen) == (3, 0)
 
 
 def test_early_stopping_by_a_metric_that_is_not_there(tmp_path: Path) -> None:
     stalled = recipe("Early stopping")["stalled"]
     history = [{"train": {"loss": 1.0}}, {"train": {"loss": 1.0}, "valid": {"loss": 1.0}}]
-    assert not stalled(history, "valid.acc")
-    with pytest.raises(UserError, match=r"no epoch has valid\.acc; the last has .*'valid'"):
-        stalled([*history, *history], "valid.acc")
+    assert not stalled(history, "max valid.acc")
+    with pytest.raises(UserError, match=r"valid\.acc.*'valid'"):
+        stalled([*history, *history], "max valid.acc")
 
 
 def early_on_a_rank(folder: Path) -> int:
@@ -270,7 +281,7 @@ def test_evaluation_now_and_then(tmp_path: Path) -> None:
         {
             "run": run,
             "test": Solver.valid,
-            "checkpoints": checkpoint.Policy(last=1, best="valid.loss"),
+            "policy": Policy(last=1, best="min valid.loss"),
         },
     )
     for solver in interrupted(rarely, tmp_path):

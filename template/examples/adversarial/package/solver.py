@@ -1,14 +1,13 @@
-"""The solver: what is built, what an epoch is made of, what a step does."""
+"""The solver: data, models and optimizers, and what one epoch does with them."""
 
 import torch
 from torch import Tensor
 
 from .core import BaseSolver, Formatter, distrib
 from .core.adversarial import AdversarialLoss
-from .core.checkpoint import Policy
-from .core.loader import loader, split_batch
+from .core.data import loader, split_batch
+from .core.run import XP
 from .core.utils import make_grid
-from .core.xp import XP
 from .data import load_digits
 from .model import Discriminator, Generator, frechet_distance
 from .schema import Config
@@ -18,7 +17,7 @@ class Solver(BaseSolver):
     """Trains a generator of digits against a discriminator."""
 
     def __init__(self, cfg: Config, xp: XP | None = None) -> None:
-        super().__init__(xp)
+        super().__init__(xp, cfg.checkpoint)
         self.cfg = cfg
         self.device = distrib.device(cfg.device)
 
@@ -42,45 +41,31 @@ class Solver(BaseSolver):
         self.adversarial = AdversarialLoss(adversary, self.adam(adversary))
 
         self.register_stateful("model", "optim", "adversarial")
-        self.checkpoints = Policy.from_config(cfg.checkpoint)
         self.init_trackers(cfg.trackers, project=__package__)
 
     def adam(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """An optimizer that forgets quickly, for the loss changes under it."""
+        """Return an optimizer that forgets quickly, for the loss changes under it."""
         betas = (self.cfg.optim.momentum, 0.999)
         return torch.optim.Adam(model.parameters(), self.cfg.optim.lr, betas)
 
-    def run(self) -> None:
-        """Train until all epochs are committed, from wherever the run stands."""
-        self.restore()
-        if self.epoch <= self.cfg.epochs:
-            self.log_start()
-            self.log_hyperparams(self.xp.cfg)
-        for _ in range(self.epoch, self.cfg.epochs + 1):
-            self.run_stage("train", self.train)
-            self.run_stage("valid", self.valid)
-            self.commit()
-        self.log_end()
-
     def train(self) -> dict[str, float]:
-        """One epoch of training."""
+        """Train both models one epoch."""
         self.model.train()
         self.adversarial.train()
-        average = self.averager()
-        batches = self.log_progress("train", self.train_loader, updates=self.cfg.log_updates)
-        for (real,) in batches:
-            step = self.run_step(real.to(self.device))
-            batches.update(average(step, weight=len(real)))
-            self.log_step(step, every=self.cfg.log_every)
-        self.check_finite(average, "loss", "adversary_loss")
-        return distrib.average_metrics(average)
+        names = ["loss", "adversary_loss"]
+        steps = self.steps(
+            self.train_loader, self.cfg.log_updates, self.cfg.log_every, finite=names
+        )
+        for (real,) in steps:
+            steps.log(self.run_step(real.to(self.device)), weight=len(real))
+        return steps.metrics()
 
     def run_step(self, real: Tensor) -> dict[str, Tensor]:
-        """Train both on one batch of real images, `[B, 1, 8, 8]`."""
+        """Train both models on one batch of real images, `[B, 1, 8, 8]`."""
         fake = self.model(torch.randn(len(real), self.cfg.model.noise, device=self.device))
         adversary_loss = self.adversarial.train_adv(fake, real)
         loss = self.adversarial(fake)
-        with distrib.eager_sync_model(self.model):
+        with distrib.eager_sync_model(self.model):  # averages gradients over processes
             loss.backward()
         self.optim.step()
         self.optim.zero_grad()
@@ -88,7 +73,7 @@ class Solver(BaseSolver):
 
     @torch.no_grad()
     def valid(self) -> dict[str, float]:
-        """How far made images are from held-out real ones, on the whole; and a look at some.
+        """Return the distance of made images from held-out real ones, and show some of them.
 
         All processes make the same images, always from the same noise.
         """
@@ -102,5 +87,5 @@ class Solver(BaseSolver):
         return {"loss": loss, "frechet": frechet_distance(images, self.real).item()}
 
     def get_formatter(self, stage_name: str) -> Formatter:
-        """How metrics are shown."""
+        """Return how metrics are shown."""
         return Formatter({"*loss": ".4f", "frechet": ".2f", "duration": ".1f"})

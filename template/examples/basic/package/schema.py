@@ -6,6 +6,8 @@ A key on the command line that is not here, or of another type, is refused befor
 from dataclasses import dataclass
 from typing import Any
 
+from .core.checkpoint import Policy
+
 
 @dataclass
 class OptimConfig:
@@ -22,5 +24,6 @@ class Config:
     log_updates: int
     trackers: list[str]
     optim: OptimConfig
+    checkpoint: Policy
     slurm: dict[str, Any]
     dora: dict[str, Any]

@@ -100,7 +100,7 @@ class ArraysOnly(pickle.Unpickler):
     """Reads pickles of arrays and plain values; others, which could run code, are refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What pickles of NumPy arrays ask for."""
+        """Return a class or function, if pickles of NumPy arrays need it."""
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
         if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
@@ -109,7 +109,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def download_cifar10(folder: Path) -> None:
-    """Let torchvision download it, once if several processes ask."""
+    """Download the files with torchvision, once if several processes ask."""
     import fcntl
 
     try:

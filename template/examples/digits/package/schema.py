@@ -30,10 +30,8 @@ class OptimConfig:
     lr: float
     weight_decay: float
     warmup: int
-    cosine: bool
     clip: float
     bf16: bool
-    accumulate: int
     ema: float
 
 

@@ -1,8 +1,6 @@
-"""The solver: what is built, what an epoch is made of, what a step does."""
+"""The solver: data, model and optimizer, and what one epoch does with them."""
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,11 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .core import BaseSolver, Formatter, distrib
-from .core.checkpoint import Policy
-from .core.loader import loader, split_batch
+from .core.data import loader, split_batch
+from .core.ema import EMA
+from .core.run import XP
 from .core.utils import UserError, make_grid
-from .core.weights import EMA, Best
-from .core.xp import XP
 from .data import CLASSES, Images, load
 from .model import ConvNet
 from .schema import Config
@@ -25,7 +22,7 @@ class Solver(BaseSolver):
     """Trains a classifier of images."""
 
     def __init__(self, cfg: Config, xp: XP | None = None) -> None:
-        super().__init__(xp)
+        super().__init__(xp, cfg.checkpoint)
         self.cfg = cfg
         self.device = distrib.device(cfg.device)
 
@@ -36,28 +33,29 @@ class Solver(BaseSolver):
         self.train_loader = self.make_loader(train_set, shuffle=True)
         self.valid_loader = self.make_loader(valid_set)
 
-        size = cfg.model
-        self.model = ConvNet(train_set.shape, CLASSES, size.channels, size.dropout).to(self.device)
+        model = ConvNet(train_set.shape, CLASSES, cfg.model.channels, cfg.model.dropout)
+        self.model = model.to(self.device)
         distrib.broadcast_model(self.model)
         if cfg.model.compile:
             self.model.compile()
         self.optim = torch.optim.AdamW(
             self.model.parameters(), lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay
         )
-        updates = cfg.epochs * len(self.train_loader)
+        updates, warmup = max(1, cfg.epochs * len(self.train_loader)), max(1, cfg.optim.warmup)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optim, warmup_cosine(cfg.optim.warmup, updates, cfg.optim.cosine)
+            self.optim,  # linear warm-up, then cosine decay to zero
+            lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / updates)),
         )
-
-        self.ema = EMA({"model": self.model}, cfg.optim.ema)
-        self.best = Best({"model": self.model}, mode="max")
-
-        self.register_stateful("model", "optim", "schedule", "ema", "best")
-        self.checkpoints = Policy.from_config(cfg.checkpoint)
+        self.register_stateful("model", "optim", "schedule")
+        if cfg.continue_from and not self.checkpoint_path.exists():
+            self.continue_from(cfg.continue_from, version=cfg.continue_with)
+        if cfg.optim.ema:
+            self.ema = EMA({"model": self.model}, cfg.optim.ema)
+            self.register_stateful("ema")
         self.init_trackers(cfg.trackers, project=__package__)
 
     def make_loader(self, dataset: Images, shuffle: bool = False) -> DataLoader[Any]:
-        """Batches of this process's share of a dataset."""
+        """Return a loader of this process's share of a dataset."""
         batches: DataLoader[Any] = loader(
             dataset,
             split_batch(self.cfg.data.batch_size),
@@ -68,111 +66,56 @@ class Solver(BaseSolver):
         )
         return batches
 
-    def run(self) -> None:
-        """Train until all epochs are committed, from wherever the run stands."""
-        if not self.restore() and self.cfg.continue_from:
-            self.continue_from(self.cfg.continue_from, version=self.cfg.continue_with)
-            self.ema.reset()
-        if self.epoch <= self.cfg.epochs:
-            self.log_start()
-            self.log_hyperparams(self.xp.cfg)
-        for _ in range(self.epoch, self.cfg.epochs + 1):
-            self.run_stage("train", self.train)
-            self.run_stage("valid", self.valid)
-            self.commit()
-        self.log_end()
-
     def train(self) -> dict[str, float]:
-        """One epoch of training."""
+        """Train one epoch."""
         self.model.train()
-        return self.loop(self.train_loader)
+        steps = self.steps(
+            self.train_loader, self.cfg.log_updates, self.cfg.log_every, finite=["loss"]
+        )
+        for images, labels in steps:
+            loss, hits = self.predict(images, labels)
+            with distrib.eager_sync_model(self.model):  # averages gradients over processes
+                loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip)
+            self.optim.step()
+            self.optim.zero_grad()
+            self.schedule.step()
+            if self.cfg.optim.ema:
+                self.ema.update()
+            lr = self.optim.param_groups[0]["lr"]
+            metrics = {"loss": loss, "acc": hits.mean(), "grad_norm": norm, "lr": lr}
+            steps.log(metrics, weight=len(labels))
+        return steps.metrics()
+
+    def valid(self) -> dict[str, float]:
+        """Validate with the averaged weights, if there are any, and show some mistakes."""
+        if not self.cfg.optim.ema:
+            return self.evaluate()
+        with self.ema.swapped():
+            return self.evaluate()
 
     @torch.no_grad()
-    def valid(self) -> dict[str, float]:
-        """Validation, and a look at what is hard."""
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics of the validation set."""
         self.model.eval()
-        with self.ema.swapped():
-            metrics = self.loop(self.valid_loader)
-            self.best.update(metrics["acc"])
-            self.log_hardest()
-        return metrics
+        steps = self.steps(self.valid_loader, self.cfg.log_updates, every=0)
+        wrong = []
+        for images, labels in steps:
+            loss, hits = self.predict(images, labels)
+            steps.log({"loss": loss, "acc": hits.mean()}, weight=len(labels))
+            wrong += images[hits.cpu() == 0]
+        if wrong:
+            self.log_image(self.current_stage, "wrong", make_grid(torch.stack(wrong[:64])))
+        return steps.metrics()
 
-    def loop(self, data: DataLoader[Any]) -> dict[str, float]:
-        """Go once through the data; return the metrics over all examples of all processes."""
-        average = self.averager()
-        batches = self.log_progress(self.current_stage, data, updates=self.cfg.log_updates)
-        for images, labels in batches:
-            step = self.run_step(images.to(self.device), labels.to(self.device))
-            batches.update(average(step, weight=len(labels)))
-            if self.model.training:
-                self.log_step(step, every=self.cfg.log_every)
-        self.check_finite(average, "loss")
-        return distrib.average_metrics(average)
-
-    def run_step(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
-        """One batch, `[B, C, H, W]` and `[B]`; its metrics stay on the device, unawaited."""
-        if not self.model.training:
-            return self.forward(images, labels)
-        metrics: dict[str, Any] = {}
-        count = max(1, self.cfg.optim.accumulate)
-        parts = list(zip(images.chunk(count), labels.chunk(count), strict=True))
-        for number, (some, their_labels) in enumerate(parts, 1):
-            share = len(some) / len(images)
-            step = self.forward(some, their_labels)
-            # Gradients of the parts add up; they are averaged over processes once, with the last.
-            last = number == len(parts)
-            with distrib.eager_sync_model(self.model) if last else nullcontext():
-                (step["loss"] * share).backward()
-            for name, value in step.items():
-                metrics[name] = metrics.get(name, 0) + value.detach() * share
-        return metrics | self.update()
-
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The loss, and what else is to be known."""
+    def predict(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch, `[B, C, H, W]` and `[B]`, and 1.0 for each right answer."""
+        images, labels = images.to(self.device), labels.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.optim.bf16):
             logits = self.model(images)
             loss = F.cross_entropy(logits, labels)
-        return {"loss": loss, "acc": (logits.argmax(1) == labels).float().mean()}
-
-    def update(self) -> dict[str, Any]:
-        """One update of the weights, by their gradients."""
-        largest = self.cfg.optim.clip if self.cfg.optim.clip > 0 else math.inf
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
-        [lr] = self.schedule.get_last_lr()
-        self.optim.step()
-        self.optim.zero_grad()
-        self.schedule.step()
-        self.ema.update()
-        return {"grad_norm": grad_norm, "lr": lr}
-
-    def log_hardest(self, count: int = 16) -> None:
-        """Show the images of the first validation batch that have the highest loss."""
-        images, labels = next(iter(self.valid_loader))
-        logits = self.model(images.to(self.device)).cpu()
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        hardest = losses.topk(min(count, len(losses))).indices
-        self.log_image(self.current_stage, "hardest", make_grid(images[hardest]))
+        return loss, (logits.argmax(1) == labels).float()
 
     def get_formatter(self, stage_name: str) -> Formatter:
-        """How metrics are shown."""
+        """Return how metrics are shown."""
         return Formatter({"loss": ".4f", "acc": ".2%", "lr": ".1e", "duration": ".1f"})
-
-
-def warmup_cosine(warmup: int, updates: int, cosine: bool) -> Callable[[int], float]:
-    """Return the factor on the learning rate at each update: linear warm-up, then cosine decay.
-
-    After Loshchilov & Hutter (2017), https://arxiv.org/abs/1608.03983, without restarts.
-
-    Args:
-        warmup: updates until the factor is 1.
-        updates: updates until it is 0.
-        cosine: decay at all; else it stays at 1.
-    """
-
-    def factor(update: int) -> float:
-        if update < warmup:
-            return (update + 1) / warmup
-        progress = (update - warmup) / max(1, updates - warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) if cosine else 1.0
-
-    return factor

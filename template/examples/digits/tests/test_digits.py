@@ -10,9 +10,8 @@ from torch import nn
 from {{ cookiecutter.package_name }}.core.utils import UserError
 from {{ cookiecutter.package_name }}.data import CLASSES, load_digits
 from {{ cookiecutter.package_name }}.model import ConvNet
-from {{ cookiecutter.package_name }}.solver import warmup_cosine
 
-from .helpers import train
+from .helpers import make_solver, train
 
 
 def test_data_is_split_without_overlap() -> None:
@@ -32,20 +31,11 @@ def test_model_gives_one_logit_a_class() -> None:
     assert model(torch.zeros(5, 3, 10, 12)).shape == (5, CLASSES)
 
 
-def test_learning_rate_warms_up_and_decays() -> None:
-    factor = warmup_cosine(warmup=10, updates=110, cosine=True)
-    assert factor(0) == 0.1
-    assert factor(9) == factor(10) == 1.0
-    assert abs(factor(60) - 0.5) < 1e-9
-    assert abs(factor(110)) < 1e-9
-    assert warmup_cosine(warmup=0, updates=10, cosine=False)(9) == 1.0
-
-
 def test_digits_are_learned_in_a_few_epochs(tmp_path: Path) -> None:
     solver = train(tmp_path, "epochs=4")
     accuracies = [epoch["valid"]["acc"] for epoch in solver.history]
     assert accuracies[-1] > 0.93
-    assert (tmp_path / "outputs" / "valid_4" / "hardest.png").exists()
+    assert (tmp_path / "outputs" / "valid_4" / "wrong.png").exists()
 
 
 def test_one_batch_is_learned_by_heart(tmp_path: Path) -> None:
@@ -54,30 +44,23 @@ def test_one_batch_is_learned_by_heart(tmp_path: Path) -> None:
 
 
 def test_best_and_averaged_weights_are_kept(tmp_path: Path) -> None:
-    overrides = ["optim.ema=0.9", "checkpoint.best=valid.loss", "checkpoint.last=1"]
+    overrides = ["optim.ema=0.9", "checkpoint.best=max valid.acc", "checkpoint.last=1"]
     solver = train(tmp_path, "epochs=3", *overrides)
-    assert solver.best.value == max(epoch["valid"]["acc"] for epoch in solver.history)
-    solver.model.eval()
-    with solver.best.swapped():
-        again = solver.run_stage("best", solver.loop, solver.valid_loader)
-    assert again["acc"] == solver.best.value
-    losses = [epoch["valid"]["loss"] for epoch in solver.history]
-    expected = {3, losses.index(min(losses)) + 1} - {3}
-    assert len(list(tmp_path.glob("checkpoint.*.th"))) == len(expected)
-
-
-def test_a_batch_in_parts_gives_the_same_weights(tmp_path: Path) -> None:
-    quick = ["epochs=1", "data.limit=8"]
-    whole = train(tmp_path / "whole", *quick, "model.dropout=0")
-    parts = train(tmp_path / "parts", *quick, "model.dropout=0", "optim.accumulate=3")
-    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
-        assert torch.allclose(one, other, atol=1e-4)
-    assert abs(whole.history[0]["train"]["loss"] - parts.history[0]["train"]["loss"]) < 1e-4
+    accuracies = [epoch["valid"]["acc"] for epoch in solver.history]
+    best = accuracies.index(max(accuracies)) + 1
+    assert [*tmp_path.glob("checkpoint.*.th")] == [
+        tmp_path / f"checkpoint.{epoch}.th" for epoch in {best} - {3}
+    ]
+    loaded = make_solver(tmp_path, "epochs=3", *overrides)
+    assert loaded.restore(read_only=True, version="best")
+    assert len(loaded.history) == best
+    with loaded.ema.swapped():
+        assert loaded.run_stage("again", loaded.evaluate)["acc"] == max(accuracies)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="on rank 0, loss was NaN or infinite in 22 of"):
-        train(tmp_path, "epochs=1", "optim.lr=1e30", "optim.clip=0", "optim.warmup=0")
+    with pytest.raises(UserError, match="loss was NaN or infinite"):
+        train(tmp_path, "epochs=1", "optim.lr=1e30", "optim.clip=inf")
     assert not (tmp_path / "checkpoint.th").exists()
 
 

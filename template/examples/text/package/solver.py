@@ -1,7 +1,6 @@
-"""The solver: what is built, what an epoch is made of, what a step does."""
+"""The solver: data, model and optimizer, and what one epoch does with them."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +9,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .core import BaseSolver, Formatter, distrib
-from .core.checkpoint import Policy
-from .core.loader import loader, split_batch
+from .core.data import loader, split_batch
+from .core.run import XP
 from .core.utils import UserError
-from .core.xp import XP
 from .data import Windows, load_text
 from .model import Transformer
 from .schema import Config
@@ -23,7 +21,7 @@ class Solver(BaseSolver):
     """Trains a language model, character by character."""
 
     def __init__(self, cfg: Config, xp: XP | None = None) -> None:
-        super().__init__(xp)
+        super().__init__(xp, cfg.checkpoint)
         self.cfg = cfg
         self.device = distrib.device(cfg.device)
 
@@ -46,15 +44,16 @@ class Solver(BaseSolver):
         self.optim = torch.optim.AdamW(
             self.model.parameters(), lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay
         )
+        updates, warmup = max(1, cfg.epochs * len(self.train_loader)), max(1, cfg.optim.warmup)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optim, warmup_cosine(cfg.optim.warmup, cfg.epochs * len(self.train_loader))
+            self.optim,  # linear warm-up, then cosine decay to zero
+            lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / updates)),
         )
         self.register_stateful("model", "optim", "schedule")
-        self.checkpoints = Policy.from_config(cfg.checkpoint)
         self.init_trackers(cfg.trackers, project=__package__)
 
     def make_loader(self, windows: Windows, updates: int | None = None) -> DataLoader[Any]:
-        """Batches of this process's share of the data: all of it, or so many in random order."""
+        """Return a loader of this process's share: of all data, or of some updates at random."""
         batches: DataLoader[Any] = loader(
             windows,
             split_batch(self.cfg.data.batch_size),
@@ -66,86 +65,49 @@ class Solver(BaseSolver):
         )
         return batches
 
-    def run(self) -> None:
-        """Train until all epochs are committed, from wherever the run stands."""
-        self.restore()
-        if self.epoch <= self.cfg.epochs:
-            self.log_start()
-            self.log_hyperparams(self.xp.cfg)
-        for _ in range(self.epoch, self.cfg.epochs + 1):
-            self.run_stage("train", self.train)
-            self.run_stage("valid", self.valid)
-            self.commit()
-        self.log_end()
-
     def train(self) -> dict[str, float]:
-        """So many updates, on stretches from anywhere in the text."""
+        """Train one epoch, on stretches from anywhere in the text."""
         self.model.train()
-        return self.loop(self.train_loader)
+        steps = self.steps(
+            self.train_loader, self.cfg.log_updates, self.cfg.log_every, finite=["loss"]
+        )
+        for stretches in steps:
+            loss = self.loss(stretches)
+            with distrib.eager_sync_model(self.model):  # averages gradients over processes
+                loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip)
+            self.optim.step()
+            self.optim.zero_grad()
+            self.schedule.step()
+            bpc, lr = loss.detach() / math.log(2), self.optim.param_groups[0]["lr"]
+            metrics = {"loss": loss, "bpc": bpc, "grad_norm": norm, "lr": lr}
+            steps.log(metrics, weight=len(stretches))
+        return steps.metrics()
 
     @torch.no_grad()
     def valid(self) -> dict[str, float]:
-        """Validation on the whole held-out text, and a look at what the model would write."""
+        """Validate on the whole held-out text, and show what the model would write."""
         self.model.eval()
-        metrics = self.loop(self.valid_loader)
+        steps = self.steps(self.valid_loader, self.cfg.log_updates, every=0)
+        for stretches in steps:
+            loss = self.loss(stretches)
+            steps.log({"loss": loss, "bpc": loss / math.log(2)}, weight=len(stretches))
         self.log_text("valid", "sample", self.write())
-        return metrics
+        return steps.metrics()
 
-    def loop(self, data: DataLoader[Any]) -> dict[str, float]:
-        """Go once through the data; return the metrics over all characters of all processes."""
-        average = self.averager()
-        batches = self.log_progress(self.current_stage, data, updates=self.cfg.log_updates)
-        for stretches in batches:
-            step = self.run_step(stretches.to(self.device))
-            batches.update(average(step, weight=len(stretches)))
-            if self.model.training:
-                self.log_step(step, every=self.cfg.log_every)
-        self.check_finite(average, "loss")
-        return distrib.average_metrics(average)
-
-    def run_step(self, stretches: Tensor) -> dict[str, Any]:
-        """One batch, `[B, T + 1]`; its metrics stay on the device, unawaited."""
+    def loss(self, stretches: Tensor) -> Tensor:
+        """Return the loss of a batch, `[B, T + 1]`, whose last characters are only predicted."""
+        stretches = stretches.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.optim.bf16):
             logits = self.model(stretches[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), stretches[:, 1:].flatten())
-        metrics = {"loss": loss, "bpc": loss.detach() / math.log(2)}
-        if not self.model.training:
-            return metrics
-        with distrib.eager_sync_model(self.model):
-            loss.backward()
-        largest = self.cfg.optim.clip if self.cfg.optim.clip > 0 else math.inf
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
-        [lr] = self.schedule.get_last_lr()
-        self.optim.step()
-        self.optim.zero_grad()
-        self.schedule.step()
-        return {**metrics, "grad_norm": grad_norm, "lr": lr}
+            return F.cross_entropy(logits.flatten(0, 1), stretches[:, 1:].flatten())
 
     def write(self) -> str:
-        """A text that begins with the prompt; always by the same dice."""
+        """Return a text that begins with the prompt; always with the same random numbers."""
         generator = torch.Generator().manual_seed(self.cfg.seed)
         numbers = self.model.continue_text(self.prompt, self.cfg.sample.length, generator)
         return self.alphabet.decode(numbers)
 
     def get_formatter(self, stage_name: str) -> Formatter:
-        """How metrics are shown."""
+        """Return how metrics are shown."""
         return Formatter({"loss": ".4f", "bpc": ".3f", "lr": ".1e", "duration": ".1f"})
-
-
-def warmup_cosine(warmup: int, updates: int) -> Callable[[int], float]:
-    """Return the factor on the learning rate at each update: linear warm-up, then cosine decay.
-
-    After Loshchilov & Hutter (2017), https://arxiv.org/abs/1608.03983, without restarts.
-
-    Args:
-        warmup: updates until the factor is 1.
-        updates: updates until it is 0.
-    """
-
-    def factor(update: int) -> float:
-        if update < warmup:
-            return (update + 1) / warmup
-        progress = (update - warmup) / max(1, updates - warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return factor

@@ -8,7 +8,6 @@ import torch
 from {{ cookiecutter.package_name }}.core.utils import UserError
 from {{ cookiecutter.package_name }}.data import Alphabet, Windows, load_text
 from {{ cookiecutter.package_name }}.model import Transformer
-from {{ cookiecutter.package_name }}.solver import warmup_cosine
 
 from .helpers import make_solver, train
 
@@ -55,14 +54,6 @@ def test_texts_are_continued_by_the_same_dice(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(UserError, match="no 'é' in the alphabet"):
         make_solver(tmp_path, "sample.prompt='é'")
-
-
-def test_learning_rate_warms_up_and_decays() -> None:
-    factor = warmup_cosine(warmup=10, updates=110)
-    assert factor(0) == 0.1
-    assert factor(9) == factor(10) == 1.0
-    assert abs(factor(60) - 0.5) < 1e-9
-    assert abs(factor(110)) < 1e-9
 
 
 def test_one_batch_is_learned_by_heart(tmp_path: Path) -> None:

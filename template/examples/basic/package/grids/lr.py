@@ -1,7 +1,7 @@
 """A sweep over learning rates: one run for each call of the launcher.
 
 `dora grid lr` runs it on a Slurm cluster, and on this machine, without Slurm, that is what
-`python -m {{ cookiecutter.package_name }}.core.sweep lr` does.
+`python -m {{ cookiecutter.package_name }}.tools.sweep lr` does.
 """
 
 from typing import Any

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from .. import distrib, watchdog
+from .. import distrib
+from ..distrib import board
 from .processes import on_ranks
 
 
@@ -49,7 +50,7 @@ def _go_wrong(how: str) -> str:
             _train(model)
         elif how == "is slow":
             if wrong:
-                time.sleep(2.5 * watchdog.WATCHDOG_SECONDS)
+                time.sleep(2.5 * board.SECONDS)
             _train(model)
             distrib.barrier()
     except (RuntimeError, ValueError) as error:
@@ -79,7 +80,7 @@ def test_nobody_hangs_when_rank_one(how: str, told: str) -> None:
     zero, one = on_ranks(_go_wrong, how)
     assert told in zero
     # What a rank waits for until it says so, and for the others' word: less than ten seconds.
-    assert 2.5 * watchdog.WATCHDOG_SECONDS < 10
+    assert 2.5 * board.SECONDS < 10
     if "rank 1 in" in zero:  # both are told
         assert one.startswith("ranks disagree: rank 1 is in ")
 
@@ -99,5 +100,5 @@ def test_a_collective_that_ends_just_after_the_time_is_up_has_not_failed() -> No
             return True
 
     late = Late()
-    watchdog.wait(late, "all_reduce")
+    board.wait(late, "all_reduce")
     assert late.waited == 2

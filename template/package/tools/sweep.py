@@ -1,10 +1,10 @@
 """Run a Dora grid on this machine, without Slurm: the grid file is the same as for `dora grid`.
 
-    python -m my_research.core.sweep GRID
+    python -m my_research.tools.sweep GRID
 
-Several runs at a time; each is the `dora run` that one would type, and what it says goes to
-`sweep.log` in its folder. Started again, it resumes what is not complete, and leaves the rest
-alone.
+Several runs train at a time. Each is the `dora run` that one would type, and its output goes to
+`sweep.log` in its folder. Started again, a sweep resumes the runs that are not complete, and leaves
+the rest alone.
 """
 
 from __future__ import annotations
@@ -15,44 +15,107 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from dora.explore import Explorer, Herd, Launcher
+from dora.grid import RunGridArgs, monitor
+from dora.hydra import HydraMain
+from dora.shep import Sheep
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
 
-from .ansi import plain_text
-from .lock import RunLock
-from .plain import to_plain
-from .utils import UserError, write_and_rename
-from .xp import GRACE, Grid, config_changes
+from . import flatten, write_text
 
 TAIL = 15  # lines of the log of a run that failed
+GRACE = 60.0  # seconds for a run to save before it is killed
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Grid:
+    """The runs of a Dora grid, with their states.
+
+    Args:
+        main: the project's entry point, which Dora decorated.
+        name: of a module with an `explorer`, in the package `grids`.
+    """
+
+    def __init__(self, main: Any, name: str) -> None:
+        self._main = main
+        self._explorer: Any = _explorer(f"{main.package}.grids", name)
+        shepherd: Any = SimpleNamespace(main=main, get_sheep_from_argv=self._sheep)
+        herd = Herd()
+        # Not that of the project, which asks for Slurm.
+        slurm = HydraMain.get_slurm_config(main)
+        self._explorer(Launcher(shepherd, slurm, herd))
+        self._sheeps = list(herd.sheeps.values())
+        self.runs = [sheep.xp for sheep in self._sheeps]
+        self.states = {xp.sig: "PENDING" for xp in self.runs}
+        self.processes = {sig: int(slurm.gpus) for sig, slurm in herd.slurm_configs.items()}
+
+    def _sheep(self, argv: Sequence[str]) -> Sheep:
+        """Return a run that is no job of Slurm's."""
+        grid = self
+
+        class LocalSheep(Sheep):
+            def state(self, mode: str = "standard") -> str:
+                return grid.states[self.xp.sig]
+
+            def is_done(self, mode: str = "standard") -> bool:
+                return False
+
+        return LocalSheep(self._main.get_xp(argv))
+
+    def table(self) -> str:
+        """Return the states, and the columns that the explorer makes of the histories."""
+        lines: list[str] = []
+
+        def write(*words: Any, **_: Any) -> None:
+            lines.append(" ".join(map(str, words)))
+
+        monitor(RunGridArgs(), self._main, self._explorer, self._sheeps, write)
+        return "\n".join(lines)
+
+
+def _explorer(package: str, name: str) -> Explorer:
+    """Return the explorer of a grid; exit, and name the grids, if there is none."""
+    folder = Path(importlib.import_module(package).__file__ or "").parent
+    if not folder.joinpath(*name.split(".")).with_suffix(".py").is_file():
+        known = sorted(path.stem for path in folder.glob("[!_]*.py"))
+        sys.exit(f"sweep: no grid {name} in {folder}; there are {', '.join(known)}")
+    module = importlib.import_module(f"{package}.{name}")
+    if not isinstance(explorer := getattr(module, "explorer", None), Explorer):
+        sys.exit(f"sweep: {module.__file__} has no `explorer`, a function under a dora.Explorer")
+    return explorer
 
 
 class Worker:
-    """One run, in a process of its own.
+    """A run, in a process of its own.
 
     Args:
         xp: the run.
-        command: what starts it.
-        cwd: where.
-        env: what is particular of its environment.
+        command: starts it.
+        cwd: where it is started.
+        env: additions to its environment.
 
     Raises:
         BlockingIOError: if another `dora run` or sweep trains it.
     """
 
     def __init__(self, xp: Any, command: list[str], cwd: Path, env: dict[str, str]) -> None:
-        self.xp = xp
-        self.log = xp.folder / "sweep.log"
-        xp.folder.mkdir(parents=True, exist_ok=True)
-        if not RunLock(xp).is_free():
+        self.folder, self.config = xp.folder, _config(xp)
+        self.log = self.folder / "sweep.log"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not _is_free(self.folder):
             raise BlockingIOError
         with self.log.open("ab") as log:
             # Held by the process that writes there for as long as it lives, whether we do or not.
@@ -73,9 +136,51 @@ class Worker:
             os.killpg(self.process.pid, number)
 
     def tail(self) -> str:
-        """The last lines it wrote."""
+        """Return the last lines of its log."""
         lines = self.log.read_text(errors="replace").splitlines()[-TAIL:]
         return "\n".join(f"    {line}" for line in lines)
+
+    def complete(self) -> None:
+        """Note that the run ended well, for the next sweep."""
+        end = {"epochs": len(_read(self.folder / "history.json", [])), "config": self.config}
+        write_text(self.folder / "sweep.json", json.dumps(end))
+
+
+def _is_free(folder: Path) -> bool:
+    """Say whether no process trains the run of a folder."""
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return True
+    except Timeout:
+        return False
+    except (OSError, NotImplementedError):  # some file systems have no locks
+        return True
+
+
+def _is_complete(xp: Any) -> bool:
+    """Say whether a run ended well, with the present config, and was not cleared since."""
+    end = _read(xp.folder / "sweep.json", {"epochs": math.inf, "config": {}})
+    if end["epochs"] > len(_read(xp.folder / "history.json", [])):
+        return False
+    now = _config(xp)
+    # A key that is new since, or that makes no other run, does not count.
+    return all(repr(now.get(key)) == repr(value) for key, value in end["config"].items())
+
+
+def _config(xp: Any) -> dict[str, Any]:
+    """Return what makes a run this run: its config, as it is read back from JSON."""
+    plain = OmegaConf.to_container(xp.cfg, resolve=True, enum_to_str=True)
+    flat = flatten(json.loads(json.dumps(plain, default=str)))
+    kept = [key for key in flat if not key.startswith(("dora.", "slurm."))]
+    return {key: flat[key] for key in kept if not xp.dora.is_excluded(key)}
+
+
+def _read(path: Path, default: Any) -> Any:
+    """Return the content of a JSON file; the default if there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return default
 
 
 class Sweep:
@@ -83,9 +188,9 @@ class Sweep:
 
     Args:
         grid: the runs.
-        command: what starts a run, but for its arguments.
-        cwd: where.
-        workers: runs at a time.
+        command: starts a run, but for its arguments.
+        cwd: where runs are started.
+        workers: number of runs at a time.
         gpus: names of the GPUs to share out; none, to train on CPUs.
         interval: seconds between tables, if no state changes.
     """
@@ -130,23 +235,16 @@ class Sweep:
         return set(self.grid.states.values()) <= {"COMPLETED"}
 
     def incomplete(self) -> list[Any]:
-        """The runs that are not complete; the state of the others is set."""
-        return [xp for xp in self.grid.runs if not self._is_complete(xp)]
+        """Return the runs that are not complete, and set the state of the others."""
+        waiting = [xp for xp in self.grid.runs if not _is_complete(xp)]
+        pending = {xp.sig for xp in waiting}
+        self.grid.states |= {s: "COMPLETED" for s in self.grid.states if s not in pending}
+        return waiting
 
     def show(self) -> None:
-        """Print the table."""
+        """Print the table, without colours if it is not for a terminal."""
         table = self.grid.table()
-        print(f"\n{table if sys.stdout.isatty() else plain_text(table)}", flush=True)
-
-    def _is_complete(self, xp: Any) -> bool:
-        """Has it ended well, with this config, and was not cleared since?"""
-        end = _read(xp.folder / "sweep.json", {"epochs": math.inf})
-        changes = config_changes(xp, end.get("config", {}))
-        history = _read(xp.folder / "history.json", [])
-        done: bool = end["epochs"] <= len(history) and not any(changes.values())
-        if done:
-            self.grid.states[xp.sig] = "COMPLETED"
-        return done
+        print("\n" + (table if sys.stdout.isatty() else COLOURS.sub("", table)), flush=True)
 
     def _has_gpus(self, xp: Any) -> bool:
         return not (self.free or self.used) or len(self.free) >= self.grid.processes[xp.sig]
@@ -180,10 +278,8 @@ class Sweep:
             self.grid.states[sig] = "FAILED" if code else "COMPLETED"
             if code:
                 print(f"\nRun {sig} failed, see {worker.log}:\n{worker.tail()}", flush=True)
-                continue
-            history = _read(worker.xp.folder / "history.json", [])
-            with write_and_rename(worker.xp.folder / "sweep.json", "w") as file:
-                json.dump({"epochs": len(history), "config": to_plain(worker.xp.cfg)}, file)
+            else:
+                worker.complete()
 
     def _stop(self) -> None:
         """Ask all runs to stop between two steps; after a while, or if asked again, kill them."""
@@ -202,33 +298,33 @@ class Sweep:
                 worker.stop(signal.SIGKILL)
 
 
-def _read(path: Path, default: Any) -> Any:
-    """What a JSON file holds; the default if there is none, or it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return default
+def gpus_here() -> list[str]:
+    """Return the names of the GPUs that this process may use."""
+    if not torch.cuda.is_available():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
 
 
-def main(argv: Iterable[str] | None = None) -> None:
-    """Run the grid; see the head of this file."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description="Run a Dora grid on this machine, without Slurm.")
     parser.add_argument("grid", help="name of a file in grids/, without .py")
     parser.add_argument("--workers", type=int, help="runs at a time; one a GPU, or one a CPU core")
     parser.add_argument("--interval", type=float, default=60, help="seconds between tables")
     parser.add_argument("--dry-run", action="store_true", help="show the runs, start none")
-    args = parser.parse_args(None if argv is None else list(argv))
+    args = parser.parse_args(argv)
     if args.workers is not None and args.workers < 1:
         sys.exit(f"sweep: --workers must be at least 1, not {args.workers}")
-    package = __package__.rpartition(".")[0]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the grid; see the head of this file."""
+    args = parse(argv)
+    package = (__package__ or "").rpartition(".")[0]
     train = importlib.import_module(f"{package}.train")
-    try:
-        grid = Grid(train.main, args.grid)
-    except UserError as error:
-        sys.exit(f"sweep: {error}")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
-    gpus = gpus if torch.cuda.is_available() else []
+    grid, gpus = Grid(train.main, args.grid), gpus_here()
     if (most := max(grid.processes.values(), default=0)) > len(gpus) > 0:
         sys.exit(f"sweep: a run of {args.grid} wants {most} GPUs, and there are {len(gpus)} here")
     workers = args.workers or len(gpus) or os.cpu_count() or 1

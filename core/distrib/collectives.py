@@ -1,11 +1,9 @@
-"""Collectives: gather, broadcast, reduce and average over ranks.
-
-Every function here also works in a single process, where it does nothing.
-"""
+"""Collectives: gather, broadcast, reduce and average over ranks."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .process_group import is_distributed, is_rank_zero, rank, world_size
-from .utils import Averages, UserError
-from .watchdog import check_same_call, wait
+from ..metrics import Averages, added
+from ..utils import UserError
+from .board import check_same_call, wait
+from .group import is_distributed, is_rank_zero, rank, world_size
 
 T = TypeVar("T")
+Tensor = TypeVar("Tensor", bound=torch.Tensor)
 
 # A collective has a fixed cost, so small tensors travel together, as in DDP.
 BUCKET_BYTES = 25 * 2**20
@@ -52,7 +52,7 @@ def gather_objects(obj: T, name: str = "gather_objects") -> list[T]:
 
     Args:
         obj: anything that can be pickled.
-        name: of what is being done, for the message if ranks disagree.
+        name: of the operation, for the message if ranks disagree.
     """
     if not is_distributed():
         return [obj]
@@ -63,7 +63,7 @@ def gather_objects(obj: T, name: str = "gather_objects") -> list[T]:
 
 
 def broadcast_object(obj: T, src: int = 0) -> T:
-    """Return the object of rank `src` on all ranks; what other ranks pass is ignored."""
+    """Return the object of rank `src` on all ranks; those of other ranks are ignored."""
     if not is_distributed():
         return obj
     check_same_call(f"broadcast_object from rank {src}")
@@ -74,7 +74,7 @@ def broadcast_object(obj: T, src: int = 0) -> T:
 
 @contextmanager
 def raised_everywhere() -> Iterator[None]:
-    """Let an error of rank zero in the body raise on all ranks; that of another raises there."""
+    """Raise an error of rank zero in the body on all ranks; that of another raises there."""
     error: Exception | None = None
     try:
         yield
@@ -92,9 +92,9 @@ def average_metrics(metrics: Mapping[str, Any], count: float | None = None) -> d
     example) does not count.
 
     Args:
-        metrics: what `averager` gave, or numbers and tensors of one element.
-        count: weight of this rank, usually the number of examples it saw. By default, what
-            `averager` gave has the weights of its steps; a dict, also one made from that, weighs 1.
+        metrics: of `averager`, or numbers and tensors of one element.
+        count: weight of this rank, usually its number of examples. By default, `averager`'s have
+            the weights of their steps; a dict, also one made from them, weighs 1.
     """
     numbers = {
         k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in metrics.items()
@@ -106,11 +106,7 @@ def average_metrics(metrics: Mapping[str, Any], count: float | None = None) -> d
     else:
         weight = 1.0 if count is None else float(count)
         mine = {name: (value * weight, weight) for name, value in numbers.items() if weight}
-    sums: dict[str, tuple[float, float]] = {}
-    for theirs in gather_objects(mine, "average_metrics"):
-        for name, (total, weight) in theirs.items():
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = before[0] + total, before[1] + weight
+    sums = added(gather_objects(mine, "average_metrics"))
     return {name: total / weight for name, (total, weight) in sums.items()}
 
 
@@ -120,10 +116,8 @@ def average_tensors(tensors: Iterable[torch.Tensor]) -> None:
         return
     averaged = [t for t in tensors if t.is_floating_point() or t.is_complex()]
     check_same_call("average_tensors", [describe(t) for t in averaged])
-    for bucket in _buckets(averaged):
-        flat = torch.cat([t.detach().reshape(-1) for t in bucket]).div_(world_size())
-        all_reduce(flat)
-        _unflatten(flat, bucket)
+    for flat in _flattened(averaged):
+        all_reduce(flat.div_(world_size()))
 
 
 def broadcast_tensors(tensors: Iterable[torch.Tensor], src: int = 0) -> None:
@@ -132,47 +126,55 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], src: int = 0) -> None:
         return
     tensors = list(tensors)
     check_same_call(f"broadcast_tensors from rank {src}", [describe(t) for t in tensors])
-    for bucket in _buckets(tensors):
-        flat = torch.cat([t.detach().reshape(-1) for t in bucket])
+    for flat in _flattened(tensors):
         dist.broadcast(flat, src)
-        _unflatten(flat, bucket)
 
 
 def broadcast_model(model: nn.Module, src: int = 0) -> None:
-    """Give all ranks the parameters and buffers of rank `src`."""
+    """Copy the parameters and buffers of rank `src` to all ranks."""
     broadcast_tensors([*model.parameters(), *model.buffers()], src)
 
 
 def describe(tensor: torch.Tensor) -> str:
-    return (
-        f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
-    )
+    """Return shape, type and device of a tensor, to compare ranks by."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{list(tensor.shape)} {dtype} on {tensor.device.type}"
 
 
 def finish(work: Any, tensor: torch.Tensor, what: str) -> None:
-    """Wait for a collective: the device does on CUDA, this process elsewhere."""
-    if tensor.is_cuda:
-        work.wait()
-    else:
+    """Wait for a collective: an accelerator does by itself, between CPUs this process."""
+    if tensor.is_cpu:
         wait(work, what)
+    else:
+        work.wait()
 
 
-def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Group tensors of one dtype and device, in order, until a bucket is full."""
-    buckets: dict[Any, list[torch.Tensor]] = {}
+@torch.no_grad()
+def _flattened(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield tensors of one kind as one flat tensor, bucket by bucket; copy its new values back."""
+    for bucket in grouped(tensors):
+        flat = torch.cat([t.detach().reshape(-1) for t in bucket])
+        yield flat
+        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def grouped(tensors: Iterable[Tensor], alone: float = math.inf) -> Iterator[list[Tensor]]:
+    """Group tensors of one dtype and device, in order, until a group fills a bucket.
+
+    Args:
+        alone: bytes from which on a tensor is a group of its own.
+    """
+    groups: dict[Any, list[Tensor]] = {}
     sizes: Counter[Any] = Counter()
     for tensor in tensors:
+        if tensor.nbytes >= alone:
+            yield [tensor]
+            continue
         kind = tensor.dtype, tensor.device
-        buckets.setdefault(kind, []).append(tensor)
+        groups.setdefault(kind, []).append(tensor)
         sizes[kind] += tensor.nbytes
         if sizes[kind] >= BUCKET_BYTES:
             del sizes[kind]
-            yield buckets.pop(kind)
-    yield from buckets.values()
-
-
-def _unflatten(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
-    """Copy the parts of a flat tensor back to where they came from."""
-    with torch.no_grad():
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+            yield groups.pop(kind)
+    yield from groups.values()

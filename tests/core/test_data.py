@@ -6,14 +6,16 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from core import distrib, loader
-from core.tests.test_loader import Numbers, Stream, be_rank
+from core import data, distrib
+from core.data import loader
+from core.stop import SIGNALS
+from core.tests.test_data import Numbers, Stream, be_rank
 from core.utils import UserError
-from core.xp import SIGNALS
 
 from ..commands import ROOT, Command, gone, run
 
@@ -36,7 +38,7 @@ def test_workers_leave_a_request_to_stop_to_the_run(context: str) -> None:
     asked = Asked(6)
     if context == "spawn":
         asked.signals = [number for number in SIGNALS if number != signal.SIGTERM]
-    made = loader.loader(asked, 2, num_workers=1, multiprocessing_context=context)
+    made = loader(asked, 2, num_workers=1, multiprocessing_context=context)
     assert torch.cat(list(made)).tolist() == list(range(6))
     iterator = iter(made)
     next(iterator)
@@ -49,51 +51,50 @@ def test_workers_leave_a_request_to_stop_to_the_run(context: str) -> None:
 def test_a_worker_that_is_asked_to_stop_as_it_starts_goes_on(tmp_path: Path) -> None:
     code = """
 import os, signal
-from core import loader
-from core.tests.test_loader import Numbers
+from core.data import loader
+from core.tests.test_data import Numbers
 os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
-print(sum(int(batch.sum()) for batch in loader.loader(Numbers(6), 2, num_workers=2)))
+print(sum(int(batch.sum()) for batch in loader(Numbers(6), 2, num_workers=2)))
 assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 """
     assert run(tmp_path, "-c", code, env=WITH_CORE) == "15\n"
 
 
 def test_what_makes_a_resume_inexact_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    loader.loader(Numbers(4), batch_size=None)
-    loader.loader(Stream(), None, num_workers=1)
+    loader(Numbers(4), batch_size=None)
+    loader(Stream(), None, num_workers=1)
     assert not caplog.text
-    loader.loader(Numbers(4), None, num_workers=1)
-    loader.loader(Numbers(4), 2, num_workers=1, persistent_workers=True)
-    said = [message.partition(":")[0] for message in caplog.messages]
-    assert said == ["batch_size=None", "persistent_workers"]
+    loader(Numbers(4), None, num_workers=1)
+    loader(Numbers(4), 2, num_workers=1, persistent_workers=True)
+    assert len(caplog.messages) == 2
+    assert "batch_size=None" in caplog.messages[0]
+    assert "persistent_workers" in caplog.messages[1]
 
 
-class Half(loader.EpochSampler):
+class Half(data.EpochSampler):
     def order(self, generator: torch.Generator) -> list[int]:
         return [*range(len(self.dataset) // 2)]
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="an order and an end"):
-        loader.loader(Stream(), shuffle=True)
-    with pytest.raises(ValueError, match="an end of its own"):
-        loader.loader(Stream(), updates_per_epoch=1)
-    with pytest.raises(ValueError, match="an end of its own"):
-        loader.loader(Stream(), limit=1)
-    with pytest.raises(UserError, match="limit=-1; give a number"):
-        loader.loader(Numbers(3), limit=-1)
-    with pytest.raises(ValueError, match="at least one update"):
-        loader.loader(Numbers(3), updates_per_epoch=0)
-    with pytest.raises(ValueError, match=r"sampler= is a subclass.*DataLoader"):
-        loader.loader(Numbers(3), sampler=range(3))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="batch_sampler, is not shared"):
-        loader.loader(Numbers(3), batch_sampler=[[0], [1, 2]])
-    with pytest.raises(ValueError, match=r"Half\.order gave 1 indices for 3 examples: one each"):
-        list(loader.loader(Numbers(3), sampler=Half).sampler)
+    refused: list[dict[str, Any]] = [{"shuffle": True}, {"updates_per_epoch": 1}, {"limit": 1}]
+    for options in refused:
+        with pytest.raises(ValueError, match="iterable"):
+            loader(Stream(), **options)
+    with pytest.raises(UserError, match="limit=-1"):
+        loader(Numbers(3), limit=-1)
+    with pytest.raises(ValueError, match="updates_per_epoch"):
+        loader(Numbers(3), updates_per_epoch=0)
+    with pytest.raises(ValueError, match="sampler="):
+        loader(Numbers(3), sampler=range(3))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_sampler"):
+        loader(Numbers(3), batch_sampler=[[0], [1, 2]])
+    with pytest.raises(ValueError, match=r"Half\.order"):
+        list(loader(Numbers(3), sampler=Half).sampler)
     be_rank(monkeypatch, 0, 2)
-    assert loader.split_batch(8) == 4
-    with pytest.raises(UserError, match="positive multiple"):
-        loader.split_batch(7)
+    assert data.split_batch(8) == 4
+    with pytest.raises(UserError, match="batch size 7"):
+        data.split_batch(7)
 
 
 def test_any_class_of_loader_and_flashys_address() -> None:
@@ -105,7 +106,7 @@ def test_any_class_of_loader_and_flashys_address() -> None:
 
 FORKING = """
 import multiprocessing, os, pathlib, signal, sys, time
-from core.loader import _WorkerStart
+from core.workers import _WorkerStart
 
 def work():
     pathlib.Path("part").write_text(str(os.getpid()))

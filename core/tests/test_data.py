@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from .. import loader
+from .. import data
 
 
 class Numbers(Dataset[int]):
@@ -37,8 +37,8 @@ class Stream(IterableDataset[int]):
 
 
 def order(epoch: int, size: int = 10, **options: Any) -> list[int]:
-    loader.set_epoch(epoch)
-    made = loader.loader(Numbers(size), 2, shuffle=True, **options)
+    data.set_epoch(epoch)
+    made = data.loader(Numbers(size), 2, shuffle=True, **options)
     return torch.cat(list(made)).tolist()
 
 
@@ -59,17 +59,17 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 
 
 def test_a_second_pass_has_another_order() -> None:
-    made = loader.loader(Numbers(10), 10, shuffle=True)
+    made = data.loader(Numbers(10), 10, shuffle=True)
     first, second = (next(iter(made)).tolist() for _ in range(2))
     assert first != second
 
 
 def test_ranks_share_a_batch_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = list(loader.loader(Numbers(12), 4, shuffle=True))
+    whole = list(data.loader(Numbers(12), 4, shuffle=True))
     shares = []
     for rank in range(2):
         be_rank(monkeypatch, rank, 2)
-        shares.append(list(loader.loader(Numbers(12), 2, shuffle=True)))
+        shares.append(list(data.loader(Numbers(12), 2, shuffle=True)))
     for batch, *parts in zip(whole, *shares, strict=True):
         assert sorted(batch.tolist()) == sorted(torch.cat(parts).tolist())
 
@@ -80,7 +80,7 @@ def test_shares(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for rank in range(3):
         be_rank(monkeypatch, rank, 3)
         for shuffle, shares in found.items():
-            made = loader.loader(Numbers(size), None, shuffle=shuffle)
+            made = data.loader(Numbers(size), None, shuffle=shuffle)
             shares.append([int(n) for n in made])
             assert len(made) == len(shares[-1])
     assert sorted(itertools.chain(*found[False])) == list(range(size))
@@ -90,11 +90,11 @@ def test_shares(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_epoch_of_any_number_of_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     def examples(epochs: range, batch: int = 2) -> list[int]:
-        made = loader.loader(Numbers(7), batch, shuffle=True, updates_per_epoch=5)
+        made = data.loader(Numbers(7), batch, shuffle=True, updates_per_epoch=5)
         assert len(made) == 5
         seen: list[int] = []
         for epoch in epochs:
-            loader.set_epoch(epoch)
+            data.set_epoch(epoch)
             seen += torch.cat(list(made)).tolist()
         return seen
 
@@ -112,22 +112,22 @@ def test_an_epoch_of_any_number_of_updates(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_limit_takes_the_first_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = loader.loader(Numbers(20), 3, limit=2)
+    made = data.loader(Numbers(20), 3, limit=2)
     assert torch.cat(list(made)).tolist() == list(range(6))
-    assert len(loader.loader(Numbers(4), 3, limit=2)) == 2
-    shuffled = loader.loader(Numbers(20), 3, shuffle=True, limit=2)
+    assert len(data.loader(Numbers(4), 3, limit=2)) == 2
+    shuffled = data.loader(Numbers(20), 3, shuffle=True, limit=2)
     assert sorted(torch.cat(list(shuffled)).tolist()) == list(range(6))
-    same = loader.loader(Numbers(20), 3, shuffle=True, limit=1, updates_per_epoch=4)
+    same = data.loader(Numbers(20), 3, shuffle=True, limit=1, updates_per_epoch=4)
     assert [sorted(batch.tolist()) for batch in same] == [[0, 1, 2]] * 4
     be_rank(monkeypatch, 1, 2)
-    assert torch.cat(list(loader.loader(Numbers(20), 3, limit=2))).tolist() == [1, 3, 5, 7, 9, 11]
+    assert torch.cat(list(data.loader(Numbers(20), 3, limit=2))).tolist() == [1, 3, 5, 7, 9, 11]
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_are_seeded(context: str) -> None:
     def draw(epoch: int) -> torch.Tensor:
-        loader.set_epoch(epoch)
-        made = loader.loader(Draws(4), 2, num_workers=2, multiprocessing_context=context)
+        data.set_epoch(epoch)
+        made = data.loader(Draws(4), 2, num_workers=2, multiprocessing_context=context)
         return torch.cat(list(made))
 
     first = draw(1)
@@ -141,5 +141,5 @@ def test_iterable_datasets_are_dealt_out(workers: int, monkeypatch: pytest.Monke
     seen: list[int] = []
     for rank in range(2):
         be_rank(monkeypatch, rank, 2)
-        seen += [int(n) for n in loader.loader(Stream(), None, num_workers=workers)]
+        seen += [int(n) for n in data.loader(Stream(), None, num_workers=workers)]
     assert sorted(seen) == list(range(11))

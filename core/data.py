@@ -1,0 +1,203 @@
+"""Data loading: order, shares of ranks, seeds of workers.
+
+The order of the data is a function of a seed, the epoch and the stage, never of the global
+generators or of earlier reads: so a resumed run sees the data of one that was never interrupted.
+The solver announces epoch and stage; nobody has to tell the loaders.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, get_worker_info
+
+from . import distrib, workers
+from .rng import Position, derive_seed, position
+from .utils import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def set_epoch(epoch: int) -> None:
+    """Tell loaders the epoch where no solver does; takes effect at their next iteration."""
+    position.set(Position(epoch))
+
+
+def split_batch(batch_size: int) -> int:
+    """Return this rank's share of a global batch size; UserError if ranks can't share it."""
+    share, rest = divmod(batch_size, distrib.world_size())
+    if rest or share < 1:
+        raise UserError(
+            f"batch size {batch_size}: give a multiple of the {distrib.world_size()} processes"
+        )
+    return share
+
+
+def loader(
+    dataset: Dataset[Any],
+    *args: Any,
+    shuffle: bool = False,
+    klass: Callable[..., Any] = DataLoader,
+    seed: int = 0,
+    updates_per_epoch: int | None = None,
+    sampler: Callable[..., EpochSampler] | None = None,
+    limit: int = 0,
+    **kwargs: Any,
+) -> Any:
+    """Return a DataLoader over this rank's part of a dataset.
+
+    When shuffling, all ranks get equally many examples (a few come twice, as in DistributedSampler)
+    in an order that changes each epoch. Without shuffling, each example comes exactly once over all
+    ranks, so the last rank may have one less: no collective belongs in such a loop. The examples of
+    an iterable dataset are dealt out over ranks and workers.
+
+    Args:
+        dataset: map-style or iterable.
+        args: positional arguments of `klass` after the dataset; the batch size is per rank.
+        shuffle: for training.
+        klass: `torch.utils.data.DataLoader` or one that takes the same arguments.
+        seed: of the order, and of the random numbers drawn in workers.
+        updates_per_epoch: number of batches in an epoch, rather than once all data. The next epoch
+            starts after the last example of this one, in an endless sequence of shuffled datasets.
+        sampler: a subclass of `EpochSampler` with another `order`.
+        limit: use only the first n batches of the dataset, to find mistakes with; 0 for all.
+        kwargs: keyword arguments of `klass`.
+    """
+    size = kwargs.get("batch_size", args[0] if args else 1)
+    ordered = shuffle or sampler or limit or updates_per_epoch is not None
+    _check(dataset, ordered, sampler, limit, kwargs | {"batch_size": size})
+    if isinstance(dataset, IterableDataset):
+        dataset = _IterableShard(dataset)
+    else:
+        batch = (size or 1) * distrib.world_size()
+        if limit:
+            dataset = Subset(dataset, range(min(limit * batch, len(cast(Sized, dataset)))))
+        kwargs["sampler"] = (sampler or EpochSampler)(
+            cast(Sized, dataset),
+            shuffle,
+            seed,
+            examples=None if updates_per_epoch is None else updates_per_epoch * batch,
+            multiple=batch if kwargs.get("drop_last") else 1,
+        )
+    # A generator of its own keeps the loader from drawing on the global one.
+    kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
+    return klass(dataset, *args, **workers.options(seed, kwargs))
+
+
+def _check(
+    dataset: object, ordered: object, sampler: object, limit: int, options: dict[str, Any]
+) -> None:
+    if options.get("batch_sampler") is not None or not (sampler is None or callable(sampler)):
+        raise ValueError("loader: batch_sampler= and other samplers are for DataLoader itself")
+    if limit < 0:
+        raise UserError(f"loader: limit={limit}; give a number of batches, or 0 for all")
+    if isinstance(dataset, IterableDataset) and ordered:
+        raise ValueError("loader: an iterable dataset has an order and an end of its own")
+    one_by_one = options["batch_size"] is None and options.get("num_workers")
+    if options.get("persistent_workers") or (
+        one_by_one and not isinstance(dataset, IterableDataset)
+    ):
+        logger.warning("persistent_workers, batch_size=None: random numbers differ after a resume")
+
+
+class EpochSampler(Sampler[int]):
+    """This rank's indices, in an order that is a function of the seed and the epoch.
+
+    Iterated again within an epoch, or in another stage, it gives another order.
+
+    Args:
+        dataset: anything with a length.
+        shuffle: else the order is that of the dataset.
+        seed: of the orders.
+        examples: in an epoch, of all ranks, from where the last epoch ended; all data by default.
+        multiple: leave out the last examples of a pass so that their number is a multiple of this.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        shuffle: bool,
+        seed: int,
+        examples: int | None = None,
+        multiple: int = 1,
+    ) -> None:
+        if examples is not None and (examples < 1 or not len(dataset)):
+            raise ValueError("loader: updates_per_epoch= needs at least one update and one example")
+        self.dataset, self.shuffle, self.seed = dataset, shuffle, seed
+        self.examples, self.multiple = examples, multiple
+        self._skipped = 0
+
+    def skip(self, examples: int) -> None:
+        """Skip the first examples of this rank in the next pass."""
+        self._skipped = examples
+
+    def __len__(self) -> int:
+        size = self.examples or len(self.dataset) // self.multiple * self.multiple
+        ranks = distrib.world_size()
+        return -(-size // ranks) if self.shuffle else len(range(distrib.rank(), size, ranks))
+
+    def __iter__(self) -> Iterator[int]:
+        here = position.get()
+        place = (here.stage, here.step) if here.step else (here.stage,) if here.stage else ()
+        before, number = here.passes.get(self, ((), -1))
+        number = number + 1 if before == (here.epoch, *place) else 0
+        here.passes[self] = (here.epoch, *place), number
+        epoch, salt = here.epoch, (number, *place)
+        order = self._window(epoch, salt) if self.examples else self._full_pass(epoch, salt)
+        skipped, self._skipped = self._skipped, 0
+        ranks = distrib.world_size()
+        yield from itertools.islice(order, distrib.rank() + skipped * ranks, None, ranks)
+
+    def _full_pass(self, epoch: int, salt: tuple[int, ...]) -> Iterable[int]:
+        """Return all examples; when shuffling, some again so that ranks have equal shares."""
+        order = self._order(epoch, salt)
+        size = len(order) // self.multiple * self.multiple
+        padded = len(self) * distrib.world_size() if self.shuffle else size
+        return itertools.islice(itertools.cycle(order), padded)
+
+    def _window(self, epoch: int, salt: tuple[int, ...]) -> Iterable[int]:
+        """Return the epoch's window on an endless sequence of shuffled datasets."""
+        size, examples = len(self.dataset), self.examples or 0
+        number, skipped = divmod(epoch * examples, size)
+        orders = (self._order(n, salt) for n in itertools.count(number))
+        return itertools.islice(itertools.chain.from_iterable(orders), skipped, skipped + examples)
+
+    def order(self, generator: torch.Generator) -> list[int]:
+        """Return indices for a pass over the data, of all ranks together, one for each example.
+
+        Override it for another order, and draw on `generator` alone: it is seeded for each pass.
+        """
+        size = len(self.dataset)
+        if not self.shuffle:
+            return list(range(size))
+        order: list[int] = torch.randperm(size, generator=generator).tolist()
+        return order
+
+    def _order(self, number: int, salt: tuple[int, ...]) -> list[int]:
+        seed = derive_seed(self.seed, number, *salt)
+        order = self.order(torch.Generator().manual_seed(seed))
+        if len(order) != (size := len(self.dataset)):
+            raise ValueError(f"{type(self).__name__}.order: {len(order)} indices, {size} examples")
+        return order
+
+
+class _IterableShard(IterableDataset[Any]):
+    """Every n-th example of an iterable dataset, n being the number of workers of all ranks."""
+
+    def __init__(self, dataset: IterableDataset[Any]) -> None:
+        self.dataset = dataset
+        # Known here, but not in a worker process.
+        self.rank, self.world_size = distrib.rank(), distrib.world_size()
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        start, step = self.rank * workers + worker, self.world_size * workers
+        return itertools.islice(iter(self.dataset), start, None, step)
+
+
+distrib.loader = loader  # where Flashy's users look for it

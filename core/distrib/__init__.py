@@ -1,0 +1,48 @@
+"""Distributed training: collectives, gradients and the process group, under one name.
+
+Every function here also works in a single process, where it does nothing. Collectives must be
+called by all ranks, in the same order; ranks that disagree are named within seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .board import check_same_call, post, read, report_failure
+from .collectives import (
+    all_reduce,
+    average_metrics,
+    average_tensors,
+    barrier,
+    broadcast_model,
+    broadcast_object,
+    broadcast_tensors,
+    gather_objects,
+    raised_everywhere,
+    rank_zero_only,
+)
+from .gradients import eager_sync_gradients, eager_sync_model, sync_gradients, sync_model, wrap
+from .group import (
+    GRACE,
+    device,
+    init,
+    is_distributed,
+    is_rank_zero,
+    leave,
+    rank,
+    this_process,
+    world_size,
+)
+
+# fmt: off
+__all__ = [
+    "GRACE", "all_reduce", "average_metrics", "average_tensors", "barrier", "broadcast_model",
+    "broadcast_object", "broadcast_tensors", "check_same_call", "device", "eager_sync_gradients",
+    "eager_sync_model", "gather_objects", "init", "is_distributed", "is_rank_zero", "leave",
+    "loader", "post", "raised_everywhere", "rank", "rank_zero_only", "read", "report_failure",
+    "sync_gradients", "sync_model", "this_process", "world_size", "wrap",
+]
+# fmt: on
+
+loader: Callable[..., Any]  # of data.py, a floor above, which puts it here for Flashy's users

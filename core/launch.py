@@ -1,0 +1,375 @@
+"""From the command line to a run: Dora names it, Hydra composes its config.
+
+No other file imports Dora or Hydra; this one does so when it needs them. To do without, delete it
+and its name in `__init__.py`, and give each solver a `FolderXP` or a path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import getpass
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+from .distrib import GRACE, this_process
+from .run import NO_EFFECT, finders
+from .stop import SIGNALS, Stopped
+from .utils import UserError, flatten
+
+logger = logging.getLogger(__name__)
+
+NEW_KEY = "a new one has its type in schema.py and its value in config.yaml"
+
+
+def _running() -> Any:
+    """Return the experiment that is running under Dora, if there is one."""
+    if "dora" not in sys.modules:
+        return None
+    from dora.xp import get_xp, is_xp
+
+    return get_xp() if is_xp() else None
+
+
+def _meeting_file() -> Path | None:
+    """Return where processes meet that Dora started on one machine.
+
+    Dora removes the file of an earlier start, and unlike ports no two runs share it.
+    """
+    xp = _running()
+    return Path(xp.rendezvous_file).absolute() if xp is not None else None
+
+
+finders.append(_running)
+this_process.meeting_file = _meeting_file
+
+
+def hydra_main(
+    config_path: str, config_name: str, schema: type | None = None, version_base: str = "1.3"
+) -> Callable[[Callable[[Any], None]], Any]:
+    """Decorate `main(cfg)`: Hydra composes the config, Dora names the run, then `main` starts.
+
+    Beyond Dora's decorator of the same name: a `schema` (a dataclass, to be listed first in the
+    config's defaults as `schema`) gives every key a type; a wrong override ends in one line;
+    Ctrl-C says how to resume; a relative `dora.dir` starts at the repo, wherever the user stands.
+
+    Args:
+        config_path: folder of the config files, relative to the decorated function's file.
+        config_name: name of the main config file, without `.yaml`.
+        schema: dataclass with the config's keys and types.
+        version_base: compatibility level of Hydra.
+
+    Returns:
+        The object that Dora's commands work on: call it to run; `.get_xp(argv)` and
+        `.get_xp_from_sig(sig)` find a run.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    if schema is not None:
+        ConfigStore.instance().store(name="schema", node=schema)
+
+    def decorate(main: Callable[[Any], None]) -> Any:
+        try:
+            kind = _main_class(typed=schema is not None)
+            return kind(main, config_name, config_path, version_base=version_base)
+        except Exception as error:
+            raise SystemExit(f"Config error in {config_name}.yaml: {explain(error)}") from error
+
+    return decorate
+
+
+def _main_class(typed: bool) -> Any:
+    """Return Dora's entry point, with the additions of `hydra_main`."""
+    from dora.hydra import HydraMain
+    from dora.xp import is_xp
+
+    _patch_dora()
+
+    class Main(HydraMain):
+        _requested = ""  # signature that `-f` or `get_xp_from_sig` asked for
+
+        def get_xp(self, argv: Iterable[str]) -> Any:
+            xp = _composed(self, super().get_xp, list(argv), typed)
+            requested, self._requested = self._requested, ""
+            if requested not in ("", xp.sig):
+                logger.warning("Run %s with these overrides is another run: %s", requested, xp.sig)
+            return xp
+
+        def get_argv_from_sig(self, sig: str) -> Any:
+            self._requested = sig
+            try:
+                argv = super().get_argv_from_sig(sig)
+            except RuntimeError:
+                raise UserError(_unknown(sig, self.dora.dir / self.dora.xps)) from None
+            return [arg for arg in argv if not has_no_effect(arg)]
+
+        def init_xp(self, xp: Any) -> Any:
+            with _write_errors():
+                return super().init_xp(xp)
+
+        def _get_base_config(self, overrides: Any = ()) -> Any:
+            base, delta = super()._get_base_config(overrides)
+            return base, _without_defaults(self, delta)
+
+        def _get_dora(self) -> Any:
+            dora = super()._get_dora()
+            dora.dir = _runs_folder(self, dora.dir)
+            return dora
+
+        def get_slurm_config(self) -> Any:
+            _omit_gpus_without_any()
+            return super().get_slurm_config()
+
+        def _is_active(self, argv: list[str]) -> bool:
+            return not any(arg.startswith("-") for arg in argv)  # such as Hydra's own --help
+
+        def _main(self) -> Any:
+            return _run(self.main) if is_xp() else super()._main()  # type: ignore[no-untyped-call]
+
+    return Main
+
+
+def _run(main: Callable[[Any], Any]) -> Any:
+    """Call `main` with the config of the run; tell how to resume it if it is interrupted."""
+    xp = _running()
+    # A terminated run ends as an interrupted one does: with its last checkpoint on disk.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        # The config was composed for the signature: no need for Hydra to do it again.
+        return main(xp.cfg)
+    except Stopped as stopped:
+        _requeue(by=str(stopped))
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):  # of Dora, which ends its processes
+            signal.signal(number, signal.SIG_IGN)
+        saved = (xp.folder / "checkpoint.th").exists()
+        where = "resumes from the last checkpoint" if saved else "starts anew: nothing was saved"
+        logger.warning("Interrupted. The same command %s.", where)
+        raise SystemExit(130) from None
+
+
+def _requeue(by: str) -> None:
+    """In a job on Slurm, ask to be started again, and end.
+
+    Slurm itself does so after a SIGTERM, unless that meant to cancel the job.
+    """
+    if "SUBMITIT_EXECUTOR" not in os.environ or by == "SIGTERM":
+        return
+    from submitit import JobEnvironment
+
+    # As submitit would have done when the signal came: it counts how often, and ends rank zero.
+    number = getattr(signal, f"SIG{JobEnvironment.USR_SIG}")
+    handler = signal.getsignal(number)
+    if callable(handler):
+        handler(number, None)
+    time.sleep(60)  # to end before rank zero has asked would fail the job
+
+
+# ---------------------------------------------------------------------------------------- config
+
+
+def _composed(main: Any, get_xp: Callable[..., Any], argv: list[str], typed: bool) -> Any:
+    """Compose a config from overrides; SystemExit tells in one line which one is wrong."""
+    from omegaconf import OmegaConf
+
+    keys = flatten(cast(Any, OmegaConf.to_container(main._base_cfg)))
+    known = [*keys, *(name for name in main._config_groups if not name.startswith("hydra"))]
+    for override in argv:
+        if has_no_effect(override):
+            raise SystemExit(
+                f"Config error: {override}: set it in config.yaml, which is read before overrides; "
+                "for jobs there are `dora launch -g` and, in a grid, `launcher.slurm_`"
+            )
+        if typed and override[0] == "+" and override.strip("+").partition("=")[0] not in known:
+            raise SystemExit(f"Config error: {override}: no such key, {NEW_KEY}")
+    try:
+        return get_xp(argv)
+    except Exception as error:
+        raise SystemExit(f"Config error: {explain(error, known)}") from None
+
+
+def has_no_effect(override: str) -> bool:
+    """Return whether an override is of a section that Dora reads before it looks at overrides."""
+    return override.lstrip("+~").partition("=")[0].partition(".")[0] in NO_EFFECT
+
+
+def _unknown(sig: str, folder: Path) -> str:
+    """Return the message for a signature without a run."""
+    runs = [path.parent.name for path in folder.glob("*/history.json")]
+    near = difflib.get_close_matches(sig, runs, n=1)
+    return f"no run {sig} in {folder}: " + (f"did you mean {near[0]}?" if near else "see report")
+
+
+def _without_defaults(main: Any, delta: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Keep a choice from a group out of the signature if it is the default."""
+    from hydra import compose, initialize_config_dir
+
+    if not delta:
+        return delta
+    with initialize_config_dir(config_dir=str(main.full_config_path), **main.hydra_kwargs):
+        cfg = compose(main.config_name, return_hydra_config=True)
+    chosen = {group: str(name) for group, name in cfg.hydra.runtime.choices.items()}
+    return [(group, name) for group, name in delta if chosen.get(group) != name]
+
+
+def _runs_folder(main: Any, default: Path) -> Path:
+    """Return the folder of all runs: a relative one starts at the repo."""
+    wanted = Path(main._base_cfg.get("dora", {}).get("dir", default))
+    repo = main.full_config_path.parent.parent
+    # A git-saved run starts in a clone, but its results belong to the original folder.
+    cloned = "_DORA_ORIGINAL_DIR" in os.environ
+    beside = not wanted.is_absolute() and (repo / "pyproject.toml").exists() and not cloned
+    return repo / wanted if beside else default
+
+
+def explain(error: BaseException, known: Sequence[str] = ()) -> str:
+    """Return one line on an error in the config, from all its causes, with the nearest key."""
+    if options := getattr(error, "options", None):
+        group, _, name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
+        return f"there is no {group}={name}: {group} is one of {', '.join(sorted(options))}"
+    # Hydra's parser keeps the override that it can't read apart from its message.
+    lines = [override] if (override := getattr(error, "override", "")) else []
+    cause: BaseException | None = error
+    key = ""
+    while cause is not None:
+        text = str(cause) or type(cause).__name__
+        key = key or (found[1] if (found := re.search(r"full_key: (\S+)", text)) else "")
+        text = re.sub(r"^In '\S+': \w+ raised while composing config:\n", "", text)
+        lines.append(text.replace(":\n", ": ").splitlines()[0].rstrip("."))
+        if (mark := getattr(cause, "problem_mark", None)) is not None:  # of YAML's parser
+            lines.append(f"line {mark.line + 1}: {getattr(cause, 'problem', '')}")
+        cause = cause.__cause__
+    return ": ".join(dict.fromkeys([*lines, *_hints(lines, key, known)]))
+
+
+def _hints(lines: Sequence[str], key: str, known: Sequence[str]) -> Iterator[str]:
+    """Yield what may help with an error in the config."""
+    if key and not any(key in line for line in lines):
+        yield f"in {key}"
+    if inner := [name for name in known if name.startswith(f"{key}.")]:
+        yield f"its keys are {', '.join(inner)}"
+    elif key and known and key not in known:
+        ends = {name.rpartition(".")[2]: name for name in known}  # `lr` may be that of `optim`
+        near = [ends.get(n, n) for n in difflib.get_close_matches(key, [*known, *ends], n=1)]
+        yield f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}"
+    half_new = "Missing mandatory value" if known else "not in '"  # in the schema or config only
+    hints = {
+        half_new: NEW_KEY,
+        "is not a ListConfig": "a list is written [a, b]",
+        "Ambiguous value": "one value makes one run; for several runs, write a grid",
+    }
+    yield from (hint for words, hint in hints.items() if any(words in line for line in lines))
+
+
+# --------------------------------------------------------------------------------------- patches
+
+
+def _patch_dora() -> None:
+    """Work around faults of Dora 0.1.13; a test tells when they are gone."""
+    from dora import git_save
+    from dora.executor import ChildrenManager
+    from dora.shep import Shepherd
+
+    # It asks who is logged in at the terminal, but a job has none.
+    try:
+        os.getlogin()
+    except OSError:
+        os.getlogin = getpass.getuser
+
+    # It links the code of `--git_save` into a folder that a new run does not have yet.
+    assign = git_save.assign_clone
+
+    @functools.wraps(assign)
+    def assign_clone(xp: Any, clone: Any) -> None:
+        xp.folder.mkdir(parents=True, exist_ok=True)
+        assign(xp, clone)
+
+    # It makes its folders before our own code can catch an error.
+    start = Shepherd.__init__
+
+    @functools.wraps(start)
+    def init(*args: Any, **kwargs: Any) -> None:
+        with _write_errors():
+            start(*args, **kwargs)
+
+    # The launcher of several processes ends while they save.
+    leave: Any = ChildrenManager.__exit__
+
+    @functools.wraps(leave)
+    def leave_together(self: Any, *error: Any) -> None:
+        with _asking_to_stop([*self.children]):
+            leave(self, *error)
+
+    if not hasattr(assign, "__wrapped__"):
+        ChildrenManager.__exit__ = leave_together  # type: ignore[method-assign]
+        git_save.assign_clone = assign_clone
+        Shepherd.__init__ = init  # type: ignore[method-assign]
+
+
+@contextmanager
+def _asking_to_stop(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Pass signals on to processes, wait for these at the end, and exit if there was a signal."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for process in processes:
+            process.send_signal(number)
+
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
+    yield
+    deadline = time.monotonic() + GRACE
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(max(0.0, deadline - time.monotonic()))
+    if received:
+        raise SystemExit(130)
+
+
+@contextmanager
+def _write_errors() -> Iterator[None]:
+    """End with one line if the folder of runs can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(
+            f"Runs can't be written: {error}. Make room there, or choose another dora.dir"
+        ) from None
+
+
+def _omit_gpus_without_any() -> None:
+    """Make Dora start jobs on a cluster without GPUs: there, `slurm.gpus` just counts processes."""
+    from dora.shep import Shepherd
+
+    if shutil.which("srun") is None:
+        if "--dry_run" not in sys.argv:
+            raise SystemExit(
+                "There is no Slurm here (no srun). `dora run` trains on this machine, and "
+                "`python -m <package>.tools.sweep GRID` runs a grid on it"
+            )
+        return
+    original = Shepherd._get_submitit_executor
+
+    @functools.wraps(original)
+    def get_executor(*args: Any, **kwargs: Any) -> Any:
+        executor = original(*args, **kwargs)
+        listed = subprocess.run(["sinfo", "-h", "-o", "%G"], capture_output=True, timeout=60)
+        if listed.returncode == 0 and b"gpu" not in listed.stdout:
+            executor.parameters.pop("gres", None)
+        return executor
+
+    if not hasattr(original, "__wrapped__"):
+        Shepherd._get_submitit_executor = get_executor  # type: ignore[method-assign]

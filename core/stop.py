@@ -1,0 +1,180 @@
+"""Requests to save or to stop a run, and the step after which all ranks answer one.
+
+SIGTERM, SIGUSR1 and SIGUSR2 ask for a stop, the clock asks for a save. After each step, a loop
+compares the number of the step with `due`, and calls `answer` only when the step has come.
+
+With several ranks, rank zero proposes a step ahead of all. A rank vetoes if it has passed the step,
+is in no loop or in another one, or can't save there; a rank whose loop ends earlier vetoes too.
+Each rank waits at the step for all others, or for a veto. So nobody waits for a rank that never
+comes, and the collectives of a save begin only when all ranks are there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from . import distrib
+
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
+POLL = 0.25  # seconds between two looks of the background thread
+REPEAT = 10.0  # seconds in which a second signal repeats the first, rather than insists
+
+_scopes = itertools.count()  # keeps the notes of one scope apart from those of the next
+
+
+class Stopped(KeyboardInterrupt):
+    """The end of a run that was asked to stop and has saved."""
+
+
+class Requests:
+    """Requests to this run.
+
+    Args:
+        minutes: between two saves at most; 0 for none.
+        is_busy: returns whether a save is still being written, so that none is asked for.
+    """
+
+    def __init__(self, minutes: float, is_busy: Callable[[], bool]) -> None:
+        self.due: float = math.inf  # the step of the running loop after which to call `answer`
+        self.step = 0  # steps of the running loop that are done
+        self.signal = ""  # name of the signal that asked this rank, or another, for a stop
+        self._seconds = 60 * minutes or math.inf
+        self._is_busy = is_busy
+        self._loop: tuple[int, ...] = ()  # epoch and stage of the running loop
+        self._saves = False  # in the running loop
+        self._open: tuple[int, str] = -1, ""  # number and kind of the newest proposal
+        self._asked = 0.0  # when the signal came
+        self._lock = threading.Lock()  # between the two threads, but for `step` and `due`
+        self._scope = f"{next(_scopes)} "
+        self.renew()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take signals and the clock as requests for the time of the body."""
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        ended = threading.Event()
+        threading.Thread(target=self._watch, args=(ended,), daemon=True, name="requests").start()
+        try:
+            yield
+        finally:
+            ended.set()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def renew(self) -> None:
+        """Count the minutes from now, as all is saved."""
+        self._saved = time.monotonic()
+
+    # ------------------------------------------------------------------------- in the main thread
+
+    @contextmanager
+    def loop(self, place: tuple[int, ...], step: int, saves: bool) -> Iterator[None]:
+        """Answer requests in a loop for the time of the body.
+
+        Args:
+            place: epoch and number of the stage.
+            step: steps that are done already.
+            saves: whether the loop can be saved between two steps.
+        """
+        self.step, self._saves, self._loop = step, saves, place
+        if self.signal and not distrib.is_distributed():
+            self.due = 0
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._loop = ()
+                if self.due != math.inf:
+                    self._veto()
+
+    def answer(self, ready: bool) -> str:
+        """Return `stop` or `save` if all ranks are ready after this step, else an empty text."""
+        if not distrib.is_distributed():
+            self.due = self.due if not ready else math.inf
+            return "" if not ready else "stop" if self.signal else "save"
+        with self._lock:
+            number, kind = self._open
+            if self.step < self.due:  # a new proposal has come since the loop looked
+                return ""
+        distrib.post(f"{self._scope}{number} {distrib.rank()}", "ready" if ready else "veto")
+        while (replies := self._replies(number)).count("ready") < distrib.world_size():
+            if "veto" in replies:
+                kind = ""
+                break
+            time.sleep(0.005)
+        with self._lock:
+            if self._open[0] == number:  # else a new proposal is there
+                self.due = math.inf
+        return kind
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self.signal:
+            self.signal, self._asked = signal.Signals(number).name, time.monotonic()
+            if not distrib.is_distributed():
+                self.due = 0
+        elif time.monotonic() - self._asked > REPEAT:
+            raise KeyboardInterrupt
+
+    # -------------------------------------------------------------------------- in the background
+
+    def _watch(self, ended: threading.Event) -> None:
+        step, polls = 0, 1
+        while not ended.wait(POLL):
+            if not distrib.is_distributed():
+                if self._wanted():
+                    self.due = 0
+                continue
+            if self.signal:
+                distrib.post(f"{self._scope}signal", self.signal)
+            elif name := distrib.read(f"{self._scope}signal"):
+                self.signal, self._asked = name, time.monotonic()
+            if distrib.is_rank_zero() and self.due == math.inf and self._wanted() and self._loop:
+                # So far ahead that the other ranks read it before; further if they did not.
+                polls = polls + 1 if "veto" in self._replies(self._open[0]) else 1
+                ahead = 2 + polls * max(0, self.step - step)
+                proposal = self._open[0] + 1, self._wanted(), self._loop, self.step + ahead
+                distrib.post(f"{self._scope}proposal", json.dumps(proposal))
+            step = self.step
+            self._read_proposal()
+
+    def _wanted(self) -> str:
+        if self.signal:
+            return "stop"
+        late = time.monotonic() - self._saved > self._seconds
+        return "save" if late and self._saves and not self._is_busy() else ""
+
+    def _read_proposal(self) -> None:
+        """Agree to a new proposal, or veto."""
+        if not (note := distrib.read(f"{self._scope}proposal")):
+            return
+        number, kind, loop, step = json.loads(note)
+        if number == self._open[0]:
+            return
+        with self._lock:
+            self._open = number, kind
+            self.due = step
+            # The loop notes its step, then reads `due`; here it is the other way round. So one of
+            # the two notices if the step is just being passed.
+            if self._loop != tuple(loop) or self.step >= step:
+                self._veto()
+
+    def _veto(self) -> None:
+        self.due = math.inf
+        if distrib.is_distributed():
+            distrib.post(f"{self._scope}{self._open[0]} {distrib.rank()}", "veto")
+
+    def _replies(self, number: int) -> list[str]:
+        ranks = range(distrib.world_size())
+        return [distrib.read(f"{self._scope}{number} {rank}") for rank in ranks]

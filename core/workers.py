@@ -1,0 +1,129 @@
+"""Worker processes of a loader: seeds, and signals that ask a run to stop."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, cast
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from . import distrib
+from .rng import derive_seed, position, seed_process
+from .stop import SIGNALS
+
+
+def options(seed: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a DataLoader's keyword arguments, with seeded workers that outlive a request to stop.
+
+    Args:
+        seed: of the random numbers drawn in workers.
+        kwargs: of the user; a `worker_init_fn` is called in each worker after it is seeded.
+    """
+    start = _WorkerStart(seed, kwargs.get("worker_init_fn"))
+    kwargs = kwargs | {"worker_init_fn": start}
+    if kwargs.get("num_workers") and _forks(kwargs.get("multiprocessing_context")):
+        kwargs["multiprocessing_context"] = _fork_context()
+    return kwargs
+
+
+class _WorkerStart:
+    """The first call in a worker: seed Python, NumPy and torch by (seed, epoch, rank, worker).
+
+    They are seeded again before each batch, by its examples: so the numbers drawn for a batch do
+    not depend on earlier batches, never loaded by a run that resumes within an epoch.
+    """
+
+    def __init__(
+        self, seed: int, then: Callable[[int], None] | None, epoch: int | None = None
+    ) -> None:
+        self.seed = seed
+        self.then = then
+        self.epoch = epoch
+        self.rank = distrib.rank()
+
+    def __call__(self, worker: int) -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid != os.getppid():
+            # The parent was killed meanwhile; PyTorch would notice too late.
+            os._exit(1)
+        _leave_signals_to_the_run()
+        epoch = position.get().epoch if self.epoch is None else self.epoch
+        seed_process(derive_seed(self.seed, epoch, self.rank, worker))
+        info = get_worker_info()
+        if info is not None and not isinstance(info.dataset, IterableDataset):
+            # A loader asks this method for a whole batch, if there is one.
+            dataset: Any = info.dataset
+            with suppress(AttributeError):
+                dataset.__getitems__ = _SeededBatches(dataset, (self.seed, epoch))
+        if self.then is not None:
+            self.then(worker)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker that is spawned, not forked, knows nothing of our epoch: send it along.
+        return type(self), (self.seed, self.then, position.get().epoch)
+
+
+class _SeededBatches:
+    """Fetches the examples of a batch after seeding the generators by them, on any rank."""
+
+    def __init__(self, dataset: Any, seeds: tuple[int, ...]) -> None:
+        self.fetch = getattr(dataset, "__getitems__", None)
+        self.dataset = dataset
+        self.seeds = seeds
+
+    def __call__(self, indices: list[int]) -> list[Any]:
+        seed_process(derive_seed(*self.seeds, 0, *indices))
+        if self.fetch is not None:
+            return cast(list[Any], self.fetch(indices))
+        return [self.dataset[index] for index in indices]
+
+
+def _forks(context: Any) -> bool:
+    """Return whether workers would be forked, not spawned, and can wait for a signal."""
+    method = context or multiprocessing.get_start_method(allow_none=True)
+    default = multiprocessing.get_all_start_methods()[0]
+    return (method or default) == "fork" and hasattr(signal, "sigwaitinfo")
+
+
+def _fork_context() -> multiprocessing.context.BaseContext:
+    """Return a context that forks workers with the signals blocked that ask a run to stop."""
+
+    class Worker(multiprocessing.context.ForkProcess):
+        def start(self) -> None:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                super().start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    class Context(multiprocessing.context.ForkContext):
+        Process = Worker
+
+    return Context()
+
+
+def _leave_signals_to_the_run() -> None:
+    """Make a worker outlive a request to stop: until the run has stopped, it needs its data.
+
+    Slurm, a sweep and others ask all processes of a run; only its own parent ends a worker. A
+    spawned worker may have threads that take signals: it leaves SIGTERM to PyTorch, and ends.
+    """
+    if not hasattr(signal, "sigwaitinfo") or not {*SIGNALS} <= signal.pthread_sigmask(
+        signal.SIG_BLOCK, ()
+    ):
+        for number in {*SIGNALS} - {signal.SIGTERM}:
+            signal.signal(number, signal.SIG_IGN)
+        return
+
+    def watch() -> None:
+        while True:
+            info = signal.sigwaitinfo(SIGNALS)
+            if info.si_signo == signal.SIGTERM and info.si_pid == os.getppid():
+                os._exit(0)
+
+    threading.Thread(target=watch, daemon=True, name="signals").start()
