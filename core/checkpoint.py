@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
 import re
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,16 @@ class Policy:
             needs = "last >= 1, every >= 0, minutes >= 0, best such as `max valid.acc` or empty"
             raise UserError(f"checkpoint needs {needs}, not {self}")
 
-    def best_epoch(self, history: Sequence[dict[str, Any]]) -> int | None:
-        """Return the best epoch, the first of equals; None if none has a number."""
+    def best_epoch(
+        self, history: Sequence[dict[str, Any]], kept: Collection[int] | None = None
+    ) -> int | None:
+        """Return the best of all or the kept epochs, the first of equals; None without numbers."""
         mode, _, name = self.best.partition(" ")
         stage, _, metric = name.partition(".")
         sign = -1 if mode == "max" else 1
-        values = [epoch.get(stage, {}).get(metric, math.nan) for epoch in history]
-        known = [(sign * v, epoch) for epoch, v in enumerate(values, 1) if not math.isnan(v)]
+        epochs = range(1, len(history) + 1) if kept is None else sorted(kept)
+        values = {epoch: history[epoch - 1].get(stage, {}).get(metric) for epoch in epochs}
+        known = [(sign * v, e) for e, v in values.items() if isinstance(v, Real) and v == v]
         return min(known)[1] if known else None
 
 
@@ -142,8 +145,7 @@ class Writer:
         copied = to_plain(state, copy=copy)
         copies_end = None
         if any(not tensor.is_cpu for tensor in sources):
-            copies_end = torch.Event()
-            copies_end.record()
+            copies_end = torch.accelerator.current_stream().record_event()
 
         def work() -> None:
             time.sleep(0.005)  # else Python lets this thread run first, and the training waits
@@ -193,12 +195,13 @@ def save(
         cursor: where the run is; a commit by default.
     """
     cursor, policy, epoch = cursor or Cursor(), policy or Policy(), len(history)
-    best = policy.best_epoch(history) if policy.best else None
-    about = {"format": FORMAT, "epoch": epoch, "best": best, "commit": cursor.is_commit}
-    about |= {"ranks": distrib.world_size(), "cursor": to_plain(vars(cursor))}
     try:
         if path.exists():
             _keep_previous(path, epoch)
+        kept = older(path).keys() | ({epoch} if cursor.is_commit and epoch else set())
+        best = policy.best_epoch(history, kept) if policy.best else None
+        about = {"format": FORMAT, "epoch": epoch, "best": best, "commit": cursor.is_commit}
+        about |= {"ranks": distrib.world_size(), "cursor": to_plain(vars(cursor))}
         with write_and_rename(path) as file:
             torch.save({"checkpoint": about, **state}, file)
     except (OSError, RuntimeError) as error:
@@ -353,6 +356,9 @@ def pop_cursor(state: StateDict) -> Cursor:
     if about is None or about["epoch"] != len(state["history"]):
         return Cursor()
     cursor = Cursor(**about["cursor"])
+    if (saved := len(cursor.ranks)) != distrib.world_size():
+        note = "Saved by %d processes: each example comes once, random numbers differ from here"
+        logger.warning(note, saved)
     cursor.ranks = [
         theirs | {"now": now} for theirs, now in zip(cursor.ranks, rng["ranks"], strict=True)
     ]

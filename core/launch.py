@@ -275,20 +275,22 @@ def _hints(lines: Sequence[str], key: str, known: Sequence[str]) -> Iterator[str
 
 # --------------------------------------------------------------------------------------- patches
 
+# Of https://github.com/facebookresearch/dora, version 0.1.13: newer ones are not allowed.
+
 
 def _patch_dora() -> None:
-    """Work around faults of Dora 0.1.13; a test tells when they are gone."""
+    """Work around faults of Dora, each named by its file and function."""
     from dora import git_save
     from dora.executor import ChildrenManager
     from dora.shep import Shepherd
 
-    # It asks who is logged in at the terminal, but a job has none.
+    # dora/shep.py, `Shepherd._check_orphans`: asks who is logged in at the terminal of a job.
     try:
         os.getlogin()
     except OSError:
         os.getlogin = getpass.getuser
 
-    # It links the code of `--git_save` into a folder that a new run does not have yet.
+    # dora/git_save.py, `assign_clone`: links code into a folder that a new run does not have yet.
     assign = git_save.assign_clone
 
     @functools.wraps(assign)
@@ -296,7 +298,7 @@ def _patch_dora() -> None:
         xp.folder.mkdir(parents=True, exist_ok=True)
         assign(xp, clone)
 
-    # It makes its folders before our own code can catch an error.
+    # dora/shep.py, `Shepherd.__init__`: makes its folders before our own code can catch an error.
     start = Shepherd.__init__
 
     @functools.wraps(start)
@@ -304,7 +306,7 @@ def _patch_dora() -> None:
         with _write_errors():
             start(*args, **kwargs)
 
-    # The launcher of several processes ends while they save.
+    # dora/executor.py, `ChildrenManager.__exit__`: ends the launcher while its processes save.
     leave: Any = ChildrenManager.__exit__
 
     @functools.wraps(leave)
@@ -351,7 +353,10 @@ def _write_errors() -> Iterator[None]:
 
 
 def _omit_gpus_without_any() -> None:
-    """Make Dora start jobs on a cluster without GPUs: there, `slurm.gpus` just counts processes."""
+    """Make Dora start jobs on a cluster without GPUs: there, `slurm.gpus` just counts processes.
+
+    dora/shep.py, `Shepherd._get_submitit_executor`, asks for `gres` since Dora's pull request 42.
+    """
     from dora.shep import Shepherd
 
     if shutil.which("srun") is None:

@@ -74,6 +74,7 @@ class ResultLogger:
     def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int] | None) -> None:
         """Make trackers forget the results about to be repeated: see `Tracker.resume`."""
         self._resumed = epoch, done, steps
+        self._points = []  # of a loop that was interrupted
         self._send("resume", *self._resumed)
 
     def log_hyperparams(

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +24,9 @@ from .results import Logs, ResultLogger
 from .rng import get_rng_state, position
 from .run import XP, FolderXP, check_config, get_xp, locked, read_history, write_history
 from .state import AttributeWrapper, StateDict, StateManager, to_plain
-from .steps import Epoch, Stage, Steps, has_pending_gradients, note_steps
-from .stop import Requests, Stopped
+from .steps import Epoch, Stage, Steps
+from .stop import Requests, Stopped, agreed
+from .utils import has_pending_gradients, note_steps
 
 T = TypeVar("T")
 
@@ -101,10 +103,8 @@ class BaseSolver(Logs):
                     yield
                     self._wait()
                     self._log_end(self._policy)
-            except BaseException:
-                self._writer.settle()  # without the other ranks, which may be elsewhere
-                raise
             finally:
+                self._writer.settle()  # without the other ranks, which may be elsewhere
                 self._requests = None
 
     @property
@@ -130,7 +130,7 @@ class BaseSolver(Logs):
             raise RuntimeError(f"run {self.xp.sig} was restored with read_only=True: no commits")
         self._commits_here = True
         self._wait()
-        self._agree_to_stop()
+        self._stopping = agreed(self._requests)
         if not self._is_ready():
             self.logger.warning("Gradients are pending at a commit, and are not saved")
         self.history.append(self._pending_metrics)
@@ -158,13 +158,13 @@ class BaseSolver(Logs):
         """Save the state and where the run is; all ranks must be there."""
         if lending.get():
             raise RuntimeError("weights are lent: leave `swapped()` or `weights()` before a save")
+        if self._requests is not None:
+            self._requests.renew()  # before the state is gathered, which may take long
         mine = {"rng": get_rng_state()} | (stage.rank_state() if stage else {})
         ranks = distrib.gather_objects(to_plain(mine))
         state = self.state_dict() | {"rng": {"ranks": [theirs.pop("rng") for theirs in ranks]}}
         cursor, history = self._epoch.position(ranks, stage), [*self.history]
         self.result_logger.flush()
-        if self._requests is not None:
-            self._requests.renew()
 
         def write(state: StateDict) -> None:
             checkpoint.save(state, self.checkpoint_path, history, self._policy, cursor)
@@ -199,7 +199,8 @@ class BaseSolver(Logs):
             return False
         cursor = checkpoint.pop_cursor(state)
         check_config(self.xp, state.get("xp.cfg") or {}, strict)
-        self._load(state, strict)
+        # What comes before the cursor may change what is loaded here; there it is loaded once more.
+        self._load(state if cursor.is_commit else deepcopy(state), strict)
         if distrib.is_rank_zero():
             write_history(self.xp.link, self.history)
         self._start_epoch()
@@ -207,7 +208,7 @@ class BaseSolver(Logs):
         self.result_logger.resume(self.epoch, [*done], cursor.counts if cursor.ranks else None)
         self.replay_history()
         if cursor.ranks:
-            self._resume(state, cursor)
+            self._resume(state if strict else self.stateful.fitting(state)[0], cursor)
             self._pending_metrics = done
         return True
 
@@ -219,9 +220,6 @@ class BaseSolver(Logs):
             self.on_restore()
             self.result_logger.paused = False
 
-        if (saved := len(cursor.ranks)) != distrib.world_size():
-            note = "Saved by %d processes: each example comes once, random numbers differ from here"
-            self.logger.warning(note, saved)
         if cursor.is_commit:
             Epoch(self.epoch, cursor.counts, cursor).arrive()
             self._epoch = Epoch(self.epoch, cursor.counts)
@@ -237,6 +235,8 @@ class BaseSolver(Logs):
         if missing or not strict:
             self.stateful.refuse(missing + problems, strict)
         self.load_state_dict(state if strict else fitting)
+        for optimizer in self.stateful.values(Optimizer).values():
+            optimizer.zero_grad()  # of a step that was interrupted in this process
         self.on_restore()
 
     def on_restore(self) -> None:
@@ -324,11 +324,6 @@ class BaseSolver(Logs):
         optimizers = self.stateful.values(Optimizer).values()
         return not lending.get() and not any(map(has_pending_gradients, optimizers))
 
-    def _agree_to_stop(self) -> None:
-        """Tell all ranks if one was asked to stop."""
-        asked = self._requests.signal if self._requests else ""
-        self._stopping = next(filter(None, distrib.gather_objects(asked)), "")
-
     # ------------------------------------------------------------------------------------ stages
 
     def run_stage(
@@ -348,16 +343,19 @@ class BaseSolver(Logs):
                 f"stage {stage_name!r} begins within {self.current_stage!r}: not nested"
             )
         if self._requests and not self._commits_here and not self._epoch.done:
-            self._agree_to_stop()
+            self._stopping = agreed(self._requests)
         if self._stopping:
             self._stop(self._stopping, f"epoch {self.epoch - 1}")
+        if self._epoch.number != self.epoch:  # the history was loaded by other code than `restore`
+            self._epoch = Epoch(self.epoch, self._epoch.counts)
         if (known := self._epoch.skip(stage_name)) is not None:
             return known
         for optimizer in self.stateful.values(Optimizer).values():
             note_steps(optimizer)
         # With weights lent by the caller, nothing could be saved in this stage.
         requests = self._requests if self._commits_here and not lending.get() else None
-        stage = Stage(stage_name, self._epoch, requests, self._save, self._is_ready)
+        checks = self._is_ready, self.stateful.holds
+        stage = Stage(stage_name, self._epoch, requests, self._save, *checks)
         self._stage, token = stage, position.set(stage.here)
         try:
             metrics = stage.result(method(*args, **kwargs))

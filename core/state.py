@@ -327,6 +327,12 @@ class StateManager:
         readable = (n for n, s in self.sources.items() if not isinstance(s, WriteOnlyWrapper))
         return [f"{name}: missing" for name in readable if name not in state]
 
+    def holds(self, value: object) -> bool:
+        """Return whether an object with a state of its own is registered."""
+        return hasattr(value, "load_state_dict") and any(
+            value is known for known in self.values(object).values()
+        )
+
     def values(self, kind: type[T]) -> dict[str, T]:
         """Return the registered attributes of a type, by name."""
         known = {n: s.value for n, s in self.sources.items() if isinstance(s, AttributeWrapper)}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.optim import Optimizer
 
 from . import distrib
 from .checkpoint import Cursor
@@ -50,6 +50,7 @@ class Epoch:
         """Load the checkpoint's state and generators once more: the run has arrived there."""
         if self.cursor is not None:
             self._load()
+            self._load = lambda: None  # lets go of the state
             set_rng_state(share(self.cursor, self.number)["now"])
             self.cursor = None
 
@@ -73,7 +74,7 @@ class Epoch:
     def finish(self, stage: Stage, metrics: dict[str, Any]) -> None:
         """Add a stage to the finished ones."""
         self.counts[stage.name] = stage.counted + stage.step
-        self.done.append((stage.name, metrics))
+        self.done.append((stage.name, dict(metrics)))  # the caller may change its own
 
     def position(self, ranks: list[StateDict], stage: Stage | None) -> Cursor:
         """Return where the run is, between two stages or in one; later stages don't change it."""
@@ -93,6 +94,7 @@ class Stage:
         requests: to be answered between two steps; none outside of `running()`.
         save: saves the state, with the position in this stage.
         is_ready: whether a save is possible: no weights lent, no gradients pending.
+        is_registered: whether an object is registered as state.
     """
 
     def __init__(
@@ -102,10 +104,13 @@ class Stage:
         requests: Requests | None,
         save: Callable[[Stage], None],
         is_ready: Callable[[], bool],
+        is_registered: Callable[[object], bool],
     ) -> None:
         self.name, self.epoch, self.requests = name, epoch, requests
-        self.save, self.is_ready = save, is_ready
-        self.here = Position(epoch.number, len(epoch.done))
+        self.save, self.is_ready, self.is_registered = save, is_ready, is_registered
+        # By name: a rank may have run a stage of its own before. A second run has another order.
+        again = sum(done == name for done, _ in epoch.done)
+        self.here = Position(epoch.number, zlib.crc32(f"{name} {again}".encode()))
         self.counted = epoch.counts.get(name, 0)  # steps of this stage in earlier epochs
         self.steps: Steps[Any] | None = None
         self.unwound = False  # an evaluation that was asked to stop, and begins again
@@ -141,6 +146,7 @@ class Stage:
         mine: StateDict = {"start": self._at_start}
         if self.steps is not None and self.step:
             mine |= {"loop": self.steps.at_begin, "averages": self.steps.averages.state_dict()}
+            mine["batch"] = self.steps.global_batch
         return mine
 
     def result(self, returned: Any) -> dict[str, Any]:
@@ -148,7 +154,7 @@ class Stage:
         if not isinstance(returned, Mapping | None):
             kind = type(returned).__name__
             raise TypeError(f"stage {self.name!r} returned a {kind}, not a dict of metrics")
-        if returned is None and self.steps and self.steps.averages:
+        if returned is None and self.steps is not None and self.steps.averages:
             logger.warning("Stage %s logged metrics and returned none: no return?", self.name)
         if returned and "duration" in returned:
             raise ValueError(f"stage {self.name!r}: `duration` is what run_stage measures")
@@ -203,6 +209,8 @@ class Steps(Generic[T]):
         return self._total
 
     def __iter__(self) -> Iterator[T]:
+        if self._bar is not None and self._stage is not None:
+            raise UserError(f"stage {self._stage.name} iterates twice: make it two stages")
         iterator = self._iterate()
         self._bar = self._make_bar(iterator, total=self._total, done=self.step)
         try:
@@ -291,7 +299,9 @@ class Steps(Generic[T]):
         self.averages.load_state_dict(mine["averages"])
         set_rng_state(mine["loop"])
         self.at_begin = mine["loop"]
-        if hasattr(self._data, "load_state_dict"):  # knows where it is, when its state is loaded
+        if cursor.ranks[0].get("batch") != self.global_batch:
+            raise UserError(f"{stage.name} was saved with another batch size over all processes")
+        if stage.is_registered(self._data):  # knows where it is, when its state is loaded
             stage.epoch.arrive()
             set_rng_state(mine["loop"])
             iterator = iter(self._data)
@@ -300,6 +310,13 @@ class Steps(Generic[T]):
             stage.epoch.arrive()
         set_rng_state(mine["now"])
         return iterator
+
+    @property
+    def global_batch(self) -> int:
+        """Examples of a step over all ranks, if our sampler deals them out; else 0."""
+        if not isinstance(getattr(self._data, "sampler", None), EpochSampler):
+            return 0
+        return (getattr(self._data, "batch_size", None) or 1) * distrib.world_size()
 
     def _skip(self) -> Iterator[T]:
         """Iterate over the data without the steps that are done."""
@@ -325,27 +342,3 @@ def share(cursor: Cursor, *seeds: int) -> StateDict:
     averages = [theirs.get("averages", {}) for theirs in cursor.ranks]
     sums = added(averages) if distrib.is_rank_zero() else {}
     return dict.fromkeys(("start", "loop", "now"), get_rng_state()) | {"averages": sums}
-
-
-def note_steps(optimizer: Optimizer) -> None:
-    """Mark the gradients of an optimizer as used, after each of its steps from now on."""
-
-    def note(*_: Any) -> None:
-        if (grad := next(_gradients(optimizer), None)) is not None:
-            grad.stepped = grad._version  # type: ignore[attr-defined]
-
-    if not hasattr(optimizer, "notes_steps"):
-        optimizer.notes_steps = optimizer.register_step_post_hook(note)  # type: ignore[attr-defined]
-
-
-def has_pending_gradients(optimizer: Optimizer) -> bool:
-    """Return whether a backward pass came after the optimizer's last step: an accumulation."""
-    grad = next(_gradients(optimizer), None)
-    if grad is None or getattr(grad, "stepped", None) == grad._version:
-        return False
-    return any(grad.count_nonzero() for grad in _gradients(optimizer))
-
-
-def _gradients(optimizer: Optimizer) -> Iterator[torch.Tensor]:
-    params = (param for group in optimizer.param_groups for param in group["params"])
-    return (param.grad for param in params if param.grad is not None)

@@ -26,6 +26,7 @@ from . import distrib
 SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 ]
+SILENCE = 10.0  # seconds without a sign of life of a rank that others wait for
 POLL = 0.25  # seconds between two looks of the background thread
 REPEAT = 10.0  # seconds in which a second signal repeats the first, rather than insists
 
@@ -34,6 +35,11 @@ _scopes = itertools.count()  # keeps the notes of one scope apart from those of 
 
 class Stopped(KeyboardInterrupt):
     """The end of a run that was asked to stop and has saved."""
+
+
+def agreed(requests: Requests | None) -> str:
+    """Return the signal that asked any rank for a stop; empty if none did. For all ranks."""
+    return next(filter(None, distrib.gather_objects(requests.signal if requests else "")), "")
 
 
 class Requests:
@@ -76,6 +82,8 @@ class Requests:
     def renew(self) -> None:
         """Count the minutes from now, as all is saved."""
         self._saved = time.monotonic()
+        if not self.signal and not distrib.is_distributed():
+            self.due = math.inf
 
     # ------------------------------------------------------------------------- in the main thread
 
@@ -109,10 +117,18 @@ class Requests:
             if self.step < self.due:  # a new proposal has come since the loop looked
                 return ""
         distrib.post(f"{self._scope}{number} {distrib.rank()}", "ready" if ready else "veto")
+        heard: dict[int, tuple[str, float]] = {}  # the last sign of life of a rank, and when
         while (replies := self._replies(number)).count("ready") < distrib.world_size():
             if "veto" in replies:
                 kind = ""
                 break
+            for other in (rank for rank, reply in enumerate(replies) if not reply):
+                beat = distrib.read(f"{self._scope}alive {other}")
+                if heard.get(other, ("", 0.0))[0] != beat or other not in heard:
+                    heard[other] = beat, time.monotonic()
+                if time.monotonic() - heard[other][1] > SILENCE:
+                    distrib.this_process.broken = True
+                    raise RuntimeError(f"no word from rank {other}, which has ended or hangs")
             time.sleep(0.005)
         with self._lock:
             if self._open[0] == number:  # else a new proposal is there
@@ -133,7 +149,7 @@ class Requests:
         step, polls = 0, 1
         while not ended.wait(POLL):
             if not distrib.is_distributed():
-                if self._wanted():
+                if self.signal or (self._loop and self._wanted()):
                     self.due = 0
                 continue
             if self.signal:
@@ -147,6 +163,7 @@ class Requests:
                 proposal = self._open[0] + 1, self._wanted(), self._loop, self.step + ahead
                 distrib.post(f"{self._scope}proposal", json.dumps(proposal))
             step = self.step
+            distrib.post(f"{self._scope}alive {distrib.rank()}", str(time.monotonic()))
             self._read_proposal()
 
     def _wanted(self) -> str:

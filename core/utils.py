@@ -1,4 +1,4 @@
-"""Small tools: an error for users, safe writes, frozen models, grids of images."""
+"""Small tools: an error for users, safe writes, frozen models, images, pending gradients."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
+from torch.optim import Optimizer
 
 from .metrics import averager as averager  # Flashy has it here
 
@@ -102,3 +103,27 @@ def make_grid(images: torch.Tensor, columns: int = 8, padding: int = 1) -> torch
     _, channels, height, width = tiles.shape
     grid = tiles.view(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
     return grid.reshape(channels, rows * height, columns * width)
+
+
+def note_steps(optimizer: Optimizer) -> None:
+    """Mark the gradients of an optimizer as used, after each of its steps from now on."""
+
+    def note(optimizer: Optimizer, *_: Any) -> None:  # no closure: it would be a cycle
+        if (grad := next(_gradients(optimizer), None)) is not None:
+            grad.stepped = grad._version  # type: ignore[attr-defined]
+
+    if not hasattr(optimizer, "notes_steps"):
+        optimizer.notes_steps = optimizer.register_step_post_hook(note)  # type: ignore[attr-defined]
+
+
+def has_pending_gradients(optimizer: Optimizer) -> bool:
+    """Return whether a backward pass came after the optimizer's last step: an accumulation."""
+    grad = next(_gradients(optimizer), None)
+    if grad is None or getattr(grad, "stepped", None) == grad._version:
+        return False
+    return any(grad.count_nonzero() for grad in _gradients(optimizer))
+
+
+def _gradients(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    return (param.grad for param in params if param.grad is not None)

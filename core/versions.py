@@ -18,6 +18,8 @@ def read_version(path: Path, version: str) -> StateDict:
     """
     if version == "best":
         checkpoint.wait_for_writes()
+        if not path.exists():
+            raise UserError(f"no checkpoint yet: {path}")
         about = read_about(path)
         is_latest = about["best"] == about["epoch"] and about["commit"]
         if (file := path if is_latest else older(path).get(about["best"])) is None:
@@ -30,6 +32,8 @@ def read_version(path: Path, version: str) -> StateDict:
         averages = state.get("ema")
         if not isinstance(averages, dict):
             raise UserError(f"{path} has no averaged weights: register an EMA as `ema`")
+        if other := averages.keys() - state.keys():
+            raise UserError(f"EMA: name its modules as they are registered, not {', '.join(other)}")
         state |= {name: {**state[name], **averages[name]} for name in averages}
     elif version != "latest":
         raise UserError(f"version {version!r}: there are latest, best and ema")
