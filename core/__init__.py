@@ -1,6 +1,6 @@
 """The solver core: state, checkpoints, logging, distributed training and data loading.
 
-These files are yours: read them, edit them. Start with `solver.py`.
+These files are yours to read and edit. Start with `solver.py`.
 """
 
 from . import adversarial, checkpoint, data, distrib, launch, rng, state, trackers, utils

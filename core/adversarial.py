@@ -1,4 +1,4 @@
-"""Adversarial training: a discriminator, its optimizer and its loss in one module."""
+"""Adversarial training: discriminator, optimizer and loss in a module."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class AdversarialLoss(nn.Module):
-    """The loss that a discriminator gives a generator, and the training of the discriminator.
+    """The loss of a generator by a discriminator, and the training of the discriminator.
 
-    The method is that of Goodfellow et al. (2014), https://arxiv.org/abs/1406.2661, with the
-    non-saturating generator loss. The state of the optimizer travels in `state_dict()`.
+    After Goodfellow et al. (2014), https://arxiv.org/abs/1406.2661, with the non-saturating
+    generator loss. The state of the optimizer travels in `state_dict()`.
 
     Args:
         adversary: returns logits for examples; high means "fake", as in Flashy.

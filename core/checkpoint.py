@@ -54,7 +54,7 @@ class Policy:
         every: keep each commit whose epoch is a multiple of this; 0 for none.
         best: keep the commit with the best value of a metric, as in `max valid.acc`, too.
         minutes: save within an epoch as well, when this time has passed; 0 for never.
-        background: write while the training continues; costs host memory for one more state.
+        background: write while the training continues; costs host memory for a second state.
     """
 
     last: int = 2
@@ -115,7 +115,7 @@ class Cursor:
 class Writer:
     """A background writer of states, one at a time, from a copy in host memory.
 
-    The copy's memory is kept for the next one, which spares the time to get it from the system.
+    The memory of a copy is used again for the next state, as new memory takes time.
     """
 
     def __init__(self) -> None:
@@ -186,12 +186,12 @@ def save(
 ) -> None:
     """Write a state to `path`, durably; older commits are kept by the policy.
 
-    At every instant there is a whole checkpoint at `path`, once there has been one.
+    After the first save there is a whole checkpoint at `path` at every instant.
 
     Args:
         state: tensors and plain containers, such as `StateManager.state_dict()` returns.
         path: in an existing folder.
-        history: metrics of all epochs up to this one; their number is the epoch.
+        history: metrics of all epochs so far; their number is the epoch.
         cursor: where the run is; a commit by default.
     """
     cursor, policy, epoch = cursor or Cursor(), policy or Policy(), len(history)
@@ -214,7 +214,7 @@ def save(
 
 
 def older(path: Path) -> dict[int, Path]:
-    """Return the checkpoints that are kept beside the latest, by epoch in rising order."""
+    """Return the older checkpoints, by epoch in rising order."""
     found = path.parent.glob(f"{path.stem}.*{path.suffix}")
     marks = {p.name[len(path.stem) + 1 : -len(path.suffix)]: p for p in found}
     return dict(sorted((int(mark), p) for mark, p in marks.items() if mark.isdecimal()))
@@ -244,13 +244,13 @@ def _keep_previous(path: Path, epoch: int) -> None:
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename a damaged file, so that it is neither read again nor overwritten."""
+    """Rename a damaged file, to be neither read again nor overwritten."""
     names = (f"{path.stem}.damaged-{number}{path.suffix}" for number in itertools.count(1))
     return path.rename(next(new for name in names if not (new := path.with_name(name)).exists()))
 
 
 def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy, best: int | None) -> None:
-    """Delete the older commits that the policy does not keep."""
+    """Delete the older commits beyond the policy."""
     files = older(path)
     recent = [epoch for epoch in files if epoch < len(history)][::-1][: policy.last - 1]
     wanted = {best, *recent, *(e for e in files if policy.every and e % policy.every == 0)}
@@ -270,10 +270,10 @@ def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy, best: 
 
 
 def load(path: Path, read_only: bool = False) -> StateDict | None:
-    """Read the latest checkpoint, or the newest older one that is whole; all ranks must take part.
+    """Read the latest whole checkpoint; all ranks must take part.
 
     Tensors come to the CPU. Nothing in a file is executed. A damaged file is set aside under
-    another name, never deleted, as soon as there is one to resume from instead.
+    another name, never deleted, as soon as an older file can be resumed from.
 
     Args:
         path: of the latest.
@@ -349,8 +349,8 @@ def read(path: Path) -> StateDict:
 def pop_cursor(state: StateDict) -> Cursor:
     """Take the position out of a checkpoint, with the generators of all ranks.
 
-    A file without a position, or with one that does not fit its history, was written by the user's
-    own code: it counts as a commit of unknown generators, and has no `ranks`.
+    A file whose position is absent, or does not fit the history, was written by the user's own
+    code: a commit of unknown generators, without `ranks`.
     """
     about, rng = state.pop("checkpoint", None), state.pop("rng", {"ranks": []})
     if about is None or about["epoch"] != len(state["history"]):

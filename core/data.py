@@ -1,7 +1,7 @@
 """Data loading: order, shares of ranks, seeds of workers.
 
 The order of the data is a function of a seed, the epoch and the stage, never of the global
-generators or of earlier reads: so a resumed run sees the data of one that was never interrupted.
+generators or of earlier reads: so a resumed run sees the data of an uninterrupted run.
 The solver announces epoch and stage; nobody has to tell the loaders.
 """
 
@@ -28,7 +28,7 @@ def set_epoch(epoch: int) -> None:
 
 
 def split_batch(batch_size: int) -> int:
-    """Return this rank's share of a global batch size; UserError if ranks can't share it."""
+    """Return this rank's share of a global batch size; UserError if ranks can't share."""
     share, rest = divmod(batch_size, distrib.world_size())
     if rest or share < 1:
         raise UserError(
@@ -50,22 +50,17 @@ def loader(
 ) -> Any:
     """Return a DataLoader over this rank's part of a dataset.
 
-    When shuffling, all ranks get equally many examples (a few come twice, as in DistributedSampler)
-    in an order that changes each epoch. Without shuffling, each example comes exactly once over all
-    ranks, so the last rank may have one less: no collective belongs in such a loop. The examples of
-    an iterable dataset are dealt out over ranks and workers.
+    When shuffling, anew each epoch, ranks get equally many examples, a few twice; else each comes
+    once, and no collective belongs in the loop. Iterable datasets are dealt out over workers too.
 
     Args:
         dataset: map-style or iterable.
-        args: positional arguments of `klass` after the dataset; the batch size is per rank.
-        shuffle: for training.
-        klass: `torch.utils.data.DataLoader` or one that takes the same arguments.
+        args, kwargs: of `klass` after the dataset; the batch size is per rank.
+        klass: `torch.utils.data.DataLoader`, or a class with the same arguments.
         seed: of the order, and of the random numbers drawn in workers.
-        updates_per_epoch: number of batches in an epoch, rather than once all data. The next epoch
-            starts after the last example of this one, in an endless sequence of shuffled datasets.
+        updates_per_epoch: batches in an epoch, from an endless sequence of shuffled datasets.
         sampler: a subclass of `EpochSampler` with another `order`.
-        limit: use only the first n batches of the dataset, to find mistakes with; 0 for all.
-        kwargs: keyword arguments of `klass`.
+        limit: use only the first n batches of the dataset; 0 for all.
     """
     size = kwargs.get("batch_size", args[0] if args else 1)
     ordered = shuffle or sampler or limit or updates_per_epoch is not None
@@ -76,13 +71,9 @@ def loader(
         batch = (size or 1) * distrib.world_size()
         if limit:
             dataset = Subset(dataset, range(min(limit * batch, len(cast(Sized, dataset)))))
-        kwargs["sampler"] = (sampler or EpochSampler)(
-            cast(Sized, dataset),
-            shuffle,
-            seed,
-            examples=None if updates_per_epoch is None else updates_per_epoch * batch,
-            multiple=batch if kwargs.get("drop_last") else 1,
-        )
+        examples = None if updates_per_epoch is None else updates_per_epoch * batch
+        multiple, kind = batch if kwargs.get("drop_last") else 1, sampler or EpochSampler
+        kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples, multiple)
     # A generator of its own keeps the loader from drawing on the global one.
     kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
     return klass(dataset, *args, **workers.options(seed, kwargs))
@@ -105,16 +96,16 @@ def _check(
 
 
 class EpochSampler(Sampler[int]):
-    """This rank's indices, in an order that is a function of the seed and the epoch.
+    """This rank's indices, in an order given by seed and epoch.
 
-    Iterated again within an epoch, or in another stage, it gives another order.
+    A second pass within an epoch, or a pass in another stage, has another order.
 
     Args:
         dataset: anything with a length.
-        shuffle: else the order is that of the dataset.
+        shuffle: else in the order of the dataset.
         seed: of the orders.
         examples: in an epoch, of all ranks, from where the last epoch ended; all data by default.
-        multiple: leave out the last examples of a pass so that their number is a multiple of this.
+        multiple: the size of a pass is cut to a multiple of this.
     """
 
     def __init__(
@@ -167,9 +158,9 @@ class EpochSampler(Sampler[int]):
         return itertools.islice(itertools.chain.from_iterable(orders), skipped, skipped + examples)
 
     def order(self, generator: torch.Generator) -> list[int]:
-        """Return indices for a pass over the data, of all ranks together, one for each example.
+        """Return an index for each example, for a pass of all ranks together.
 
-        Override it for another order, and draw on `generator` alone: it is seeded for each pass.
+        Override for another order, and draw on `generator` alone, seeded for each pass.
         """
         size = len(self.dataset)
         if not self.shuffle:

@@ -83,7 +83,7 @@ class EMA:
             yield
 
     def fit_state(self, state: Any, name: str) -> tuple[Any, list[str]]:
-        """Return the part of a state that fits the modules, and the problems with the rest."""
+        """Return the fitting part of a state, and the problems with the rest."""
         usable, problems = {}, []
         for module, own in self.states.items():
             usable[module], found = fit_tensors(own, state.get(module, {}), f"{name}.{module}")

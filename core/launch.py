@@ -1,4 +1,4 @@
-"""From the command line to a run: Dora names it, Hydra composes its config.
+"""From the command line to a run: Dora's signature, Hydra's config.
 
 No other file imports Dora or Hydra; this one does so when it needs them. To do without, delete it
 and its name in `__init__.py`, and give each solver a `FolderXP` or a path.
@@ -34,7 +34,7 @@ NEW_KEY = "a new one has its type in schema.py and its value in config.yaml"
 
 
 def _running() -> Any:
-    """Return the experiment that is running under Dora, if there is one."""
+    """Return the experiment running under Dora, if any."""
     if "dora" not in sys.modules:
         return None
     from dora.xp import get_xp, is_xp
@@ -43,7 +43,7 @@ def _running() -> Any:
 
 
 def _meeting_file() -> Path | None:
-    """Return where processes meet that Dora started on one machine.
+    """Return the file where Dora's processes on a machine meet.
 
     Dora removes the file of an earlier start, and unlike ports no two runs share it.
     """
@@ -92,56 +92,61 @@ def hydra_main(
 def _main_class(typed: bool) -> Any:
     """Return Dora's entry point, with the additions of `hydra_main`."""
     from dora.hydra import HydraMain
-    from dora.xp import is_xp
 
     _patch_dora()
+    return type("Main", (_Additions, HydraMain), {"typed": typed})
 
-    class Main(HydraMain):
-        _requested = ""  # signature that `-f` or `get_xp_from_sig` asked for
 
-        def get_xp(self, argv: Iterable[str]) -> Any:
-            xp = _composed(self, super().get_xp, list(argv), typed)
-            requested, self._requested = self._requested, ""
-            if requested not in ("", xp.sig):
-                logger.warning("Run %s with these overrides is another run: %s", requested, xp.sig)
-            return xp
+_Base: Any = object  # `HydraMain` follows it, which is imported when used
 
-        def get_argv_from_sig(self, sig: str) -> Any:
-            self._requested = sig
-            try:
-                argv = super().get_argv_from_sig(sig)
-            except RuntimeError:
-                raise UserError(_unknown(sig, self.dora.dir / self.dora.xps)) from None
-            return [arg for arg in argv if not has_no_effect(arg)]
 
-        def init_xp(self, xp: Any) -> Any:
-            with _write_errors():
-                return super().init_xp(xp)
+class _Additions(_Base):  # type: ignore[misc]
+    """Methods of Dora's entry point, with the additions of `hydra_main`."""
 
-        def _get_base_config(self, overrides: Any = ()) -> Any:
-            base, delta = super()._get_base_config(overrides)
-            return base, _without_defaults(self, delta)
+    typed: bool
+    requested = ""  # signature that `-f` or `get_xp_from_sig` asked for
 
-        def _get_dora(self) -> Any:
-            dora = super()._get_dora()
-            dora.dir = _runs_folder(self, dora.dir)
-            return dora
+    def get_xp(self, argv: Iterable[str]) -> Any:
+        xp = _composed(self, super().get_xp, list(argv), self.typed)
+        requested, self.requested = self.requested, ""
+        if requested not in ("", xp.sig):
+            logger.warning("Run %s with these overrides is another run: %s", requested, xp.sig)
+        return xp
 
-        def get_slurm_config(self) -> Any:
-            _omit_gpus_without_any()
-            return super().get_slurm_config()
+    def get_argv_from_sig(self, sig: str) -> Any:
+        self.requested = sig
+        try:
+            argv = super().get_argv_from_sig(sig)
+        except RuntimeError:
+            raise UserError(_unknown(sig, self.dora.dir / self.dora.xps)) from None
+        return [arg for arg in argv if not has_no_effect(arg)]
 
-        def _is_active(self, argv: list[str]) -> bool:
-            return not any(arg.startswith("-") for arg in argv)  # such as Hydra's own --help
+    def init_xp(self, xp: Any) -> Any:
+        with _write_errors():
+            return super().init_xp(xp)
 
-        def _main(self) -> Any:
-            return _run(self.main) if is_xp() else super()._main()  # type: ignore[no-untyped-call]
+    def _get_base_config(self, overrides: Any = ()) -> Any:
+        base, delta = super()._get_base_config(overrides)
+        return base, _without_defaults(self, delta)
 
-    return Main
+    def _get_dora(self) -> Any:
+        dora = super()._get_dora()
+        dora.dir = _runs_folder(self, dora.dir)
+        return dora
+
+    def get_slurm_config(self) -> Any:
+        _omit_gpus_without_any()
+        return super().get_slurm_config()
+
+    def _is_active(self, argv: list[str]) -> bool:
+        return not any(arg.startswith("-") for arg in argv)  # such as Hydra's own --help
+
+    def _main(self) -> Any:
+        return _run(self.main) if _running() is not None else super()._main()
 
 
 def _run(main: Callable[[Any], Any]) -> Any:
-    """Call `main` with the config of the run; tell how to resume it if it is interrupted."""
+    """Call `main` with the config of the run; tell how to resume after an interrupt."""
     xp = _running()
     # A terminated run ends as an interrupted one does: with its last checkpoint on disk.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -181,7 +186,7 @@ def _requeue(by: str) -> None:
 
 
 def _composed(main: Any, get_xp: Callable[..., Any], argv: list[str], typed: bool) -> Any:
-    """Compose a config from overrides; SystemExit tells in one line which one is wrong."""
+    """Compose a config from overrides; SystemExit names a wrong override in a line."""
     from omegaconf import OmegaConf
 
     keys = flatten(cast(Any, OmegaConf.to_container(main._base_cfg)))
@@ -201,7 +206,7 @@ def _composed(main: Any, get_xp: Callable[..., Any], argv: list[str], typed: boo
 
 
 def has_no_effect(override: str) -> bool:
-    """Return whether an override is of a section that Dora reads before it looks at overrides."""
+    """Return whether an override is of a section read by Dora before all overrides."""
     return override.lstrip("+~").partition("=")[0].partition(".")[0] in NO_EFFECT
 
 
@@ -213,7 +218,7 @@ def _unknown(sig: str, folder: Path) -> str:
 
 
 def _without_defaults(main: Any, delta: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Keep a choice from a group out of the signature if it is the default."""
+    """Keep the default choices of groups out of the signature."""
     from hydra import compose, initialize_config_dir
 
     if not delta:
@@ -225,7 +230,7 @@ def _without_defaults(main: Any, delta: list[tuple[str, Any]]) -> list[tuple[str
 
 
 def _runs_folder(main: Any, default: Path) -> Path:
-    """Return the folder of all runs: a relative one starts at the repo."""
+    """Return the folder of all runs: a relative path starts at the repo."""
     wanted = Path(main._base_cfg.get("dora", {}).get("dir", default))
     repo = main.full_config_path.parent.parent
     # A git-saved run starts in a clone, but its results belong to the original folder.
@@ -235,7 +240,7 @@ def _runs_folder(main: Any, default: Path) -> Path:
 
 
 def explain(error: BaseException, known: Sequence[str] = ()) -> str:
-    """Return one line on an error in the config, from all its causes, with the nearest key."""
+    """Return a line on an error in the config, from all its causes, with the nearest key."""
     if options := getattr(error, "options", None):
         group, _, name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
         return f"there is no {group}={name}: {group} is one of {', '.join(sorted(options))}"
@@ -255,7 +260,7 @@ def explain(error: BaseException, known: Sequence[str] = ()) -> str:
 
 
 def _hints(lines: Sequence[str], key: str, known: Sequence[str]) -> Iterator[str]:
-    """Yield what may help with an error in the config."""
+    """Yield hints on an error in the config."""
     if key and not any(key in line for line in lines):
         yield f"in {key}"
     if inner := [name for name in known if name.startswith(f"{key}.")]:

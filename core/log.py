@@ -40,7 +40,7 @@ def setup_logging(
     log_name: str = "solver.log.{rank}",
     level: int | str = logging.INFO,
 ) -> None:
-    """Send log records to stderr, and to one file for each rank.
+    """Send log records to stderr, and to a file for each rank.
 
     Ranks above zero write their file in full, and to stderr warnings and errors only. An exception
     that nobody catches is logged as well, and shown by rank zero; of a `UserError`, one line.
@@ -88,7 +88,7 @@ def _log_uncaught(
 
 
 class _Terminal(logging.Handler):
-    """A handler that writes above a live bar, which replaces progress lines."""
+    """A handler of lines above a live bar; the bar replaces progress lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not hasattr(record, "progress"):

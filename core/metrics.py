@@ -19,7 +19,7 @@ MOST_STEPS = 10_000  # kept unsummed, which bounds memory
 def averager(beta: float = 1.0) -> Averages:
     """Return a function that averages metrics over steps.
 
-    Call it with the metrics of a step and their weight (usually the number of examples); it returns
+    Call it with the metrics of a step and their weight (usually the number of examples), for
     the averages so far. A metric may be absent from some steps.
 
     Args:
@@ -31,7 +31,7 @@ def averager(beta: float = 1.0) -> Averages:
 class Averages(Mapping[str, float]):
     """Averages of metrics so far, computed when they are read: no step waits for a device.
 
-    A value that is NaN or infinite is left out and counted: `loss.nonfinite` is the number of steps
+    A NaN or infinite value is left out and counted: `loss.nonfinite` is the number of steps
     with such a `loss`.
     """
 
@@ -117,7 +117,7 @@ class Averages(Mapping[str, float]):
 
 
 def number(name: str, value: Any) -> Any:
-    """Return a float, or a copy of a tensor that stays on its device."""
+    """Return a float, or a copy of a tensor on its device."""
     try:
         if not isinstance(value, torch.Tensor):
             return float(value)
@@ -134,7 +134,7 @@ def number(name: str, value: Any) -> Any:
 
 
 def to_floats(values: list[Any]) -> list[float]:
-    """Replace tensors by their values, with one transfer for each device and type."""
+    """Replace tensors by their values, with a transfer for each device and type."""
     alike: dict[Any, list[int]] = defaultdict(list)
     for index, value in enumerate(values):
         if value.__class__ is not float:
@@ -165,7 +165,7 @@ class Formatter:
 
     Args:
         formats: pattern to format specification (as in `format(value, ".2f")`); first match wins.
-        default_format: for numbers that match none of `formats`. Whole numbers stay whole.
+        default_format: for other numbers. Whole numbers stay whole.
         exclude_keys: patterns of metrics to leave out.
         include_keys: patterns of metrics to keep.
         include_formatted: count the patterns of `formats` as `include_keys`, if those matter.

@@ -65,7 +65,7 @@ def shard_like(own: Any, whole: Any) -> Any:
 
 
 def fit_tensors(own: Mapping[str, Any], state: Any, name: str) -> tuple[Any, list[str]]:
-    """Return our own tensors, replaced by those of a state that have the same shape."""
+    """Return our own tensors, replaced by tensors of a state with the same shape."""
     usable = own.copy() if hasattr(own, "copy") else dict(own)  # keeps the versions of modules
     problems = [f"{name}.{key}: unexpected" for key in state.keys() - own.keys()]
     for key, value in own.items():

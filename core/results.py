@@ -24,7 +24,7 @@ T = TypeVar("T")
 class ResultLogger:
     """Results, sent to the log and to all trackers; on ranks above zero, nowhere.
 
-    A tracker that fails is reported once, and the run continues.
+    A failing tracker is reported once, and the run continues.
 
     Args:
         logger: of the summaries.
@@ -53,7 +53,7 @@ class ResultLogger:
         self.add_tracker(LocalFiles(self._xp))
 
     def add_tracker(self, tracker: Tracker) -> None:
-        """Send results to one more tracker."""
+        """Send results to another tracker."""
         if distrib.is_rank_zero():
             self.trackers.append(tracker)
             if self._resumed is not None:
@@ -91,7 +91,7 @@ class ResultLogger:
         step_name: str = "epoch",
         formatter: Formatter | None = None,
     ) -> None:
-        """Log the metrics of a stage, and write them as one summary line."""
+        """Log the metrics of a stage, and write a summary line."""
         self.flush()
         if not self.paused:
             self._log_summary(stage, metrics, step, step_name, formatter)
@@ -100,14 +100,14 @@ class ResultLogger:
     def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
         """Keep a point of the stage's curves by step: tensors stay on their device until `flush`.
 
-        Only trackers of rank zero get it, so the metrics are those of this rank's data.
+        Only rank zero has trackers, so the metrics are of its data.
         """
         if self.trackers:
             values = {name: number(name, value) for name, value in metrics.items()}
             self._points.append((stage, values, step, epoch))
 
     def flush(self) -> None:
-        """Send the points that wait, as each progress line and summary does."""
+        """Send the waiting points, as each progress line and summary does."""
         points, self._points = self._points, []
         for stage, metrics, step, epoch in points:
             values = dict(zip(metrics, to_floats([*metrics.values()]), strict=True))
@@ -135,7 +135,7 @@ class ResultLogger:
         step_name: str | None = None,
         **kwargs: Any,
     ) -> LogProgressBar[T]:
-        """Return a progress bar for a stage; `kwargs` are those of `LogProgressBar`."""
+        """Return a progress bar for a stage; for `kwargs` see `LogProgressBar`."""
         parts = [stage.capitalize()]
         if step is not None:
             parts.append(f"{(step_name or 'step').capitalize()} {step}")
@@ -182,7 +182,7 @@ def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Logs:
-    """The part of a solver that logs; each method may be overridden."""
+    """The logging of a solver; each method may be overridden."""
 
     xp: XP
     history: list[dict[str, Any]]
@@ -310,7 +310,7 @@ class Logs:
             self.logger.info("To resume it, whenever it stops: %s", command)
 
     def _log_end(self, policy: Policy) -> None:
-        """Log that the run is complete; UserError without any epoch."""
+        """Log the end of the run; UserError without any epoch."""
         if not self.history:
             raise UserError(f"run {self.xp.sig} ends without a commit: is `epochs` at least 1?")
         epoch = policy.best_epoch(self.history) if policy.best else None

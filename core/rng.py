@@ -17,7 +17,7 @@ from . import distrib
 
 @dataclass
 class Position:
-    """Where a run is: besides the seed, the order of data depends on it alone.
+    """The place of a run. Besides the seed, the order of data depends on nothing else.
 
     Args:
         epoch: from 1.
@@ -51,7 +51,7 @@ def seed_process(seed: int) -> None:
 
 
 def derive_seed(*numbers: int) -> int:
-    """Return one well-mixed 63-bit seed from several numbers."""
+    """Return a well-mixed 63-bit seed from several numbers."""
     state = np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
@@ -78,7 +78,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _device() -> Any:
-    """Return the module of the accelerator, if there is one in use, such as `torch.cuda`."""
+    """Return the module of the accelerator in use, such as `torch.cuda`, if any."""
     device = torch.accelerator.current_accelerator()
     if device is None:
         return None

@@ -25,7 +25,7 @@ NO_EFFECT = ("dora", "slurm")  # sections of the config that change nothing in a
 
 
 class XP(Protocol):
-    """A run, as a solver needs it: an experiment of Dora, or a `FolderXP`."""
+    """A run, as needed by a solver: an experiment of Dora, or a `FolderXP`."""
 
     cfg: Any
     sig: str
@@ -49,18 +49,18 @@ def get_xp() -> XP:
 
 
 def resume_command(xp: XP) -> str:
-    """Return the command that resumes a run, from the root of the repo; empty without Dora."""
+    """Return the command to resume a run, from the root of the repo; empty without Dora."""
     option = "-d " if distrib.is_distributed() else ""
     return f"dora run {option}-f {xp.sig}" if hasattr(xp, "dora") else ""
 
 
 @dataclass
 class FolderXP:
-    """A run that is just a folder: for tests, notebooks and scripts without Dora.
+    """A run in a plain folder: for tests, notebooks and scripts without Dora.
 
     Args:
         folder: made if missing.
-        cfg: any config; it is kept in the checkpoint.
+        cfg: any config, kept in the checkpoint.
         sig: defaults to the folder's name.
     """
 
@@ -83,7 +83,7 @@ class FileLink:
     history: History = field(default_factory=list)
 
     def load(self) -> None:
-        """Read the published history, if there is one."""
+        """Read the published history, if any."""
         if self.history_file.exists():
             self.history = json.loads(self.history_file.read_text())
 
@@ -116,7 +116,7 @@ def write_history(link: Any, history: History) -> None:
 
 @contextmanager
 def locked(xp: XP) -> Iterator[None]:
-    """Hold a run's lock on rank zero; UserError on all ranks if another process trains it."""
+    """Hold a run's lock on rank zero; UserError on all ranks if another process has the lock."""
     from filelock import FileLock
 
     lock = FileLock(xp.folder / ".lock")  # released by a process that dies
@@ -148,7 +148,7 @@ def record_config(xp: XP) -> None:
 def check_config(xp: XP, saved: Mapping[str, Any], strict: bool) -> None:
     """Refuse to resume with other values than the run began with, such as an edited default.
 
-    A key that is new, or does not count in signatures, only gives a warning.
+    A new key, or a key without a part in signatures, only gives a warning.
     """
     then, now = flatten(saved), flatten(to_plain(xp.cfg, "the config"))
     dora, refused = getattr(xp, "dora", None), []

@@ -91,7 +91,7 @@ class BaseSolver(Logs):
 
         Raises:
             UserError: if another process trains the run, or if no epoch was committed.
-            Stopped: if the run was asked to stop, after it was saved.
+            Stopped: after a request to stop, when all is saved.
         """
         with locked(self.xp):
             self.restore()
@@ -150,7 +150,7 @@ class BaseSolver(Logs):
         self._start_epoch()
 
     def _wait(self) -> None:
-        """Wait until all that was saved is on disk; an error in that raises on all ranks."""
+        """Wait until all saves are on disk; their error raises on all ranks."""
         with distrib.raised_everywhere():
             self._writer.wait()
 
@@ -176,14 +176,13 @@ class BaseSolver(Logs):
     def restore(
         self, strict: bool = True, read_only: bool = False, version: str = "latest"
     ) -> bool:
-        """Resume from the latest checkpoint; return whether there is one. All ranks must take part.
+        """Resume from the latest checkpoint; return whether it exists. All ranks must take part.
 
         Args:
-            strict: refuse a checkpoint with missing, unexpected or wrongly shaped entries, or one
-                of a config with other values; otherwise warn, and load the rest.
-            read_only: to inspect a run rather than resume it: the generators of this process
-                and the files of the run stay as they are, whatever stage is then run: results go
-                to the log only, and a commit is refused. The config may differ.
+            strict: refuse missing, unexpected or wrongly shaped entries, and other values in the
+                config; otherwise warn, and load the rest.
+            read_only: to inspect a run: the generators of this process and the files of the run
+                stay untouched, also by stages. Commits are refused. The config may differ.
             version: to inspect: the `latest` commit, the `best`, or the latest with the weights of
                 its `ema`.
         """
@@ -228,7 +227,7 @@ class BaseSolver(Logs):
             self.result_logger.paused = True
 
     def _load(self, state: StateDict, strict: bool) -> None:
-        """Restore all registered state, and insist that it is complete."""
+        """Restore all registered state, and insist on completeness."""
         missing = self.stateful.missing(state)
         fitting, problems = self.stateful.fitting(state)
         # With strict, `load_state_dict` judges what does not fit: an override may mend it first.
@@ -258,15 +257,15 @@ class BaseSolver(Logs):
         version: str = "latest",
         strict: bool = True,
     ) -> None:
-        """Start this run with the weights, or more, of another one.
+        """Start this run with the weights, or more, of another run.
 
-        An `EMA` of them keeps its averages: call its `reset` too.
+        An `EMA` keeps its averages: call its `reset` too.
 
         Args:
             source: signature of the run, its folder, or a checkpoint file.
             names: of the states to take.
             version: the `latest` commit, the `best`, or the latest with the weights of its `ema`.
-            strict: refuse missing, unexpected or wrongly shaped entries; else warn and skip them.
+            strict: refuse missing, unexpected or wrongly shaped entries; else warn and skip.
         """
         path = versions.find(source, self.folder.parent)
         versions.load_part(self.stateful, path, names, version, strict)
@@ -296,7 +295,7 @@ class BaseSolver(Logs):
     # ------------------------------------------------------------------------------------- state
 
     def register_stateful(self, *names: str, write_only: bool = False) -> None:
-        """Make attributes part of the state that is saved and restored.
+        """Make attributes part of the saved and restored state.
 
         Modules, optimizers and other objects with a `state_dict`, lists, dicts, and plain values.
 
@@ -329,14 +328,11 @@ class BaseSolver(Logs):
     def run_stage(
         self, stage_name: str, method: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """Run one stage of the epoch, such as training, and log the metrics that it returns.
+        """Run a stage of the epoch, such as training; log and return its metrics and `duration`.
 
         Args:
             stage_name: of the metrics in logs.
             method: called with the remaining arguments; returns a dict of metrics, or None.
-
-        Returns:
-            The metrics as plain numbers, with the `duration` in seconds.
         """
         if self._stage is not None:
             raise RuntimeError(
@@ -378,17 +374,17 @@ class BaseSolver(Logs):
     def steps(
         self, data: Iterable[T], updates: int = 5, every: int = 10, **options: Any
     ) -> Steps[T]:
-        """Return the loop of the running stage: iterate over it, and `log` each step's metrics.
+        """Return the loop of the running stage, to be iterated, with each step's metrics to `log`.
 
         The run can be saved and stopped between two of its steps while gradients are enabled, and
-        resumes with the next. Register what one step leaves to the next as state, or log it.
-        Without gradients, a loop that is stopped begins again.
+        resumes with the next. Whatever a step leaves to the next must be registered, or logged.
+        Without gradients, a stopped loop begins again.
 
         Args:
             data: usually a loader.
             updates: number of progress lines.
-            every: number of steps from one point of the curves by step to the next; 0 for none.
-            options: `finite`, names of metrics that stop the stage if they are NaN or infinite;
+            every: number of steps between two points of the curves by step; 0 for none.
+            options: `finite`, names of metrics that must not be NaN or infinite;
                 `beta`, forgetting factor of the averages; `total`, if the data has no length.
         """
         stage, name = self._stage, self._stage.name if self._stage else "steps"

@@ -1,4 +1,4 @@
-"""State: the part of an object that a checkpoint holds, and one adapter for each kind of object.
+"""State: the part of an object in a checkpoint, and an adapter for each kind of object.
 
 A checkpoint holds tensors and plain containers only. `KINDS` lists the adapters; the first that
 matches a value is taken. To add a kind, put an adapter before the first that would match it.
@@ -42,13 +42,13 @@ class StateDictSource(Protocol):
 
 @dataclass(frozen=True)
 class Adapter:
-    """Functions to save and restore one kind of value.
+    """Functions to save and restore a kind of value.
 
     Args:
         matches: whether a value is of this kind.
         get: return the state of a value.
         set: restore a value in place; with `replaces`, return a new value instead.
-        fit: return the part of a state that fits a value, and the problems with the rest.
+        fit: return the fitting part of a state, and the problems with the rest.
     """
 
     matches: Callable[[Any], bool]
@@ -223,7 +223,7 @@ class AttributeWrapper:
         return next(kind for kind in KINDS if kind.matches(self.value))
 
     def state_dict(self) -> Any:
-        """Return the state; later changes of the attribute do not reach it, but for tensors."""
+        """Return the state; of later changes, only tensors' show in the state."""
         return self._adapter.get(self.value)
 
     def load_state_dict(self, state: Any) -> None:
@@ -234,7 +234,7 @@ class AttributeWrapper:
             setattr(*self._parent(), new)
 
     def fit_state(self, state: Any, name: str) -> tuple[Any, Problems]:
-        """Return the part of a state that fits the attribute, and the problems with the rest."""
+        """Return the fitting part of a state, and the problems with the rest."""
         return self._adapter.fit(self.value, state, name)
 
 
@@ -264,7 +264,7 @@ class StateManager:
         Args:
             name: of the entry in a checkpoint.
             source: an object with `state_dict` and `load_state_dict`.
-            write_only: save its state, for people to read, but never restore it.
+            write_only: save, for people to read, but never restore.
         """
         if name in ("checkpoint", "rng"):
             raise ValueError(f"{name!r} is an entry of each checkpoint: rename yours")
@@ -273,7 +273,7 @@ class StateManager:
         self.sources[name] = WriteOnlyWrapper(source) if write_only else source
 
     def subset(self, names: Iterable[str]) -> StateManager:
-        """Return a manager of some of the sources; ValueError names an unknown one."""
+        """Return a manager of some of the sources; ValueError names an unknown name."""
         part = StateManager()
         for name in names:
             if name not in self.sources:
@@ -290,8 +290,8 @@ class StateManager:
 
         Args:
             state: of some sources, by name.
-            strict: raise a UserError that lists all that does not fit, and change nothing; else
-                warn, and load the rest.
+            strict: raise a UserError with all misfits, and change nothing; else warn, and load the
+                rest.
         """
         usable, problems = self.fitting(state)
         self.refuse(problems, strict)
@@ -300,7 +300,7 @@ class StateManager:
 
     @staticmethod
     def refuse(problems: Problems, strict: bool) -> None:
-        """Raise a UserError that lists the problems, if there are any; or else warn."""
+        """Raise a UserError with all problems, if any, or warn."""
         if problems and strict:
             raise UserError(
                 f"the checkpoint does not fit this code and config: {'; '.join(problems)}. Go back "
@@ -310,7 +310,7 @@ class StateManager:
             logger.warning("Skipped, for it differs in the checkpoint: %s", "; ".join(problems))
 
     def fitting(self, state: Mapping[str, Any]) -> tuple[StateDict, Problems]:
-        """Return the part of a state that fits the sources, and the problems with the rest."""
+        """Return the fitting part of a state, and the problems with the rest."""
         problems = [f"{n}: unexpected" for n in sorted(state.keys() - self.sources.keys())]
         usable, differ = {n: state[n] for n in self.sources if n in state}, []
         for name in usable:
@@ -323,7 +323,7 @@ class StateManager:
         return usable, problems + sorted(differ)
 
     def missing(self, state: Mapping[str, Any]) -> Problems:
-        """Return the sources that a state lacks."""
+        """Return the sources absent from a state."""
         readable = (n for n, s in self.sources.items() if not isinstance(s, WriteOnlyWrapper))
         return [f"{name}: missing" for name in readable if name not in state]
 

@@ -55,7 +55,7 @@ class Epoch:
             self.cursor = None
 
     def skip(self, name: str) -> dict[str, Any] | None:
-        """Return the metrics of a stage that was finished before the checkpoint, instead of it."""
+        """Return the metrics of a stage finished before the checkpoint, in place of a run."""
         if self.cursor is None:
             return None
         known, number = self.cursor.done, len(self.done)
@@ -77,7 +77,7 @@ class Epoch:
         self.done.append((stage.name, dict(metrics)))  # the caller may change its own
 
     def position(self, ranks: list[StateDict], stage: Stage | None) -> Cursor:
-        """Return where the run is, between two stages or in one; later stages don't change it."""
+        """Return a cursor of the run, between two stages or in a stage; a copy."""
         cursor = Cursor([*self.done], counts=dict(self.counts), ranks=ranks)
         if stage is not None:
             cursor.stage, cursor.step, cursor.seconds = stage.name, stage.step, stage.seconds
@@ -86,7 +86,7 @@ class Epoch:
 
 
 class Stage:
-    """A running stage: where it began, where its loop is, and how to save it.
+    """A running stage: its begin, its loop, and ways to save.
 
     Args:
         name: of the stage.
@@ -125,18 +125,18 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """The time that the stage has taken."""
+        """Time since the stage began."""
         return time.monotonic() - self._began
 
     @property
     def step(self) -> int:
-        """Steps of the loop that are done, and are not repeated."""
+        """Finished steps of the loop, not to be repeated."""
         if self.steps is None or self.unwound:
             return 0
         return max(self.steps.step, self.steps.logged)  # the latter of a loop that was left early
 
     def unwind(self) -> None:
-        """Undo an evaluation that was left: it has changed nothing but the generators."""
+        """Undo an unfinished evaluation: nothing but the generators has changed."""
         if self.unwound:
             set_rng_state(self._at_start)
             self.save(self)
@@ -167,11 +167,11 @@ class Steps(Generic[T]):
     Args:
         data: a loader, or anything to iterate.
         stage: the running stage, if this is its loop; outside of a stage a pass just iterates.
-        bar: makes a progress bar of an iterator; its arguments are those of `log_progress`.
+        bar: makes a progress bar of an iterator, as `log_progress` does.
         log_step: records a point of the curves by step.
-        every: number of steps from one point to the next; 0 for none.
+        every: number of steps between two points; 0 for none.
         beta: forgetting factor of the averages; 1 weighs all steps alike.
-        finite: names of metrics that stop the stage if they are NaN or infinite.
+        finite: names of metrics that must not be NaN or infinite.
         total: number of steps, if the data has no length.
     """
 
@@ -219,10 +219,10 @@ class Steps(Generic[T]):
             iterator.close()  # now, also if the loop is left early
 
     def log(self, metrics: Mapping[str, Any], weight: Any = 1.0) -> None:
-        """Average the metrics of this step, show them, and record a point of the curves.
+        """Average and show the metrics of this step, and record a point of the curves.
 
         Args:
-            metrics: numbers, or tensors of one element; those on a device are not waited for.
+            metrics: numbers, or tensors of one element; no device is waited for.
             weight: of the step in the averages, such as the number of examples.
         """
         averages = self.averages(metrics, weight)
@@ -254,7 +254,7 @@ class Steps(Generic[T]):
         return found
 
     def _iterate(self) -> Generator[T, None, None]:
-        """Yield the items after the steps that are done, and answer requests between two items."""
+        """Yield the items after the finished steps, and answer requests between two items."""
         stage = self._stage
         requests = stage.requests if stage else None
         if stage is None or requests is None:
@@ -313,13 +313,13 @@ class Steps(Generic[T]):
 
     @property
     def global_batch(self) -> int:
-        """Examples of a step over all ranks, if our sampler deals them out; else 0."""
+        """Examples of a step over all ranks, if dealt out by our sampler; else 0."""
         if not isinstance(getattr(self._data, "sampler", None), EpochSampler):
             return 0
         return (getattr(self._data, "batch_size", None) or 1) * distrib.world_size()
 
     def _skip(self) -> Iterator[T]:
-        """Iterate over the data without the steps that are done."""
+        """Iterate over the data without the finished steps."""
         sampler = getattr(self._data, "sampler", None)
         if isinstance(sampler, EpochSampler):
             sampler.skip(self.step * (getattr(self._data, "batch_size", None) or 1))

@@ -1,12 +1,12 @@
-"""Requests to save or to stop a run, and the step after which all ranks answer one.
+"""Requests to save or to stop a run, and the step after which all ranks answer.
 
 SIGTERM, SIGUSR1 and SIGUSR2 ask for a stop, the clock asks for a save. After each step, a loop
 compares the number of the step with `due`, and calls `answer` only when the step has come.
 
 With several ranks, rank zero proposes a step ahead of all. A rank vetoes if it has passed the step,
-is in no loop or in another one, or can't save there; a rank whose loop ends earlier vetoes too.
-Each rank waits at the step for all others, or for a veto. So nobody waits for a rank that never
-comes, and the collectives of a save begin only when all ranks are there.
+is in no loop or in another loop, or can't save there; a rank whose loop ends earlier vetoes too.
+Each rank waits at the step for all others, or for a veto. So nobody waits in vain, and the
+collectives of a save begin only when all ranks are there.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _scopes = itertools.count()  # keeps the notes of one scope apart from those of 
 
 
 class Stopped(KeyboardInterrupt):
-    """The end of a run that was asked to stop and has saved."""
+    """The end of a run after a request to stop, when all is saved."""
 
 
 def agreed(requests: Requests | None) -> str:
-    """Return the signal that asked any rank for a stop; empty if none did. For all ranks."""
+    """Return the signal to stop of any rank, on all ranks; empty without a signal."""
     return next(filter(None, distrib.gather_objects(requests.signal if requests else "")), "")
 
 
@@ -47,7 +47,7 @@ class Requests:
 
     Args:
         minutes: between two saves at most; 0 for none.
-        is_busy: returns whether a save is still being written, so that none is asked for.
+        is_busy: returns whether a save is still being written; then no other is asked for.
     """
 
     def __init__(self, minutes: float, is_busy: Callable[[], bool]) -> None:
@@ -93,7 +93,7 @@ class Requests:
 
         Args:
             place: epoch and number of the stage.
-            step: steps that are done already.
+            step: finished steps.
             saves: whether the loop can be saved between two steps.
         """
         self.step, self._saves, self._loop = step, saves, place

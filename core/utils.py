@@ -16,9 +16,9 @@ from .metrics import averager as averager  # Flashy has it here
 
 
 class UserError(RuntimeError):
-    """An error that a user mends without reading code: a wrong value, a missing file, a full disk.
+    """An error to be mended without reading code: a wrong value, a missing file, a full disk.
 
-    The message is one line that names culprit and cure. A terminal shows only this line; the
+    The message is a line with culprit and cure. A terminal shows only this line; the
     traceback goes to the log file. A mistake in code is another error, and keeps its traceback.
     """
 
@@ -44,15 +44,15 @@ def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 def write_and_rename(
     path: str | Path, mode: str = "wb", suffix: str = ".tmp", pid: bool = False
 ) -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; on success make it durable and rename it to `path`.
+    """Open a temporary file beside `path`; on success make the file durable, named `path`.
 
-    A reader sees the whole old file or the whole new one, also after a power cut. If the body
+    A reader sees a whole file, old or new, also after a power cut. If the body
     raises, the temporary file is removed and `path` stays as it was.
 
     Args:
-        mode: of opening; must be a writing one.
+        mode: of opening, for writing.
         suffix: to append to the name while writing.
-        pid: append the process id too, for several processes that write the same path.
+        pid: append the process id too, if several processes write the same path.
     """
     path = Path(path)
     temporary = path.with_name(path.name + suffix + (f".{os.getpid()}" if pid else ""))
@@ -77,7 +77,7 @@ def write_and_rename(
 def readonly(model: torch.nn.Module) -> Iterator[None]:
     """Freeze a model in the body: gradients flow through it, but not to its parameters.
 
-    Parameters that were frozen before stay frozen afterwards.
+    Frozen parameters stay frozen afterwards.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:

@@ -1,4 +1,4 @@
-"""Worker processes of a loader: seeds, and signals that ask a run to stop."""
+"""Worker processes of a loader: seeds, and requests to stop the run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .stop import SIGNALS
 
 
 def options(seed: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a DataLoader's keyword arguments, with seeded workers that outlive a request to stop.
+    """Return a DataLoader's keyword arguments, with seeded workers, unmoved by a request to stop.
 
     Args:
         seed: of the random numbers drawn in workers.
-        kwargs: of the user; a `worker_init_fn` is called in each worker after it is seeded.
+        kwargs: of the user; a `worker_init_fn` is called in each worker after the seeding.
     """
     start = _WorkerStart(seed, kwargs.get("worker_init_fn"))
     kwargs = kwargs | {"worker_init_fn": start}
@@ -35,7 +35,7 @@ class _WorkerStart:
     """The first call in a worker: seed Python, NumPy and torch by (seed, epoch, rank, worker).
 
     They are seeded again before each batch, by its examples: so the numbers drawn for a batch do
-    not depend on earlier batches, never loaded by a run that resumes within an epoch.
+    not depend on earlier batches, never loaded by a run resumed within an epoch.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class _WorkerStart:
 
 
 class _SeededBatches:
-    """Fetches the examples of a batch after seeding the generators by them, on any rank."""
+    """A fetcher of batches, with generators seeded by the examples, on any rank."""
 
     def __init__(self, dataset: Any, seeds: tuple[int, ...]) -> None:
         self.fetch = getattr(dataset, "__getitems__", None)
@@ -91,7 +91,7 @@ def _forks(context: Any) -> bool:
 
 
 def _fork_context() -> multiprocessing.context.BaseContext:
-    """Return a context that forks workers with the signals blocked that ask a run to stop."""
+    """Return a context for forking workers with requests to stop blocked."""
 
     class Worker(multiprocessing.context.ForkProcess):
         def start(self) -> None:

@@ -1,6 +1,6 @@
 """Distributed training: collectives, gradients and the process group, under one name.
 
-Every function here also works in a single process, where it does nothing. Collectives must be
+Every function here also works, as a no-op, in a single process. Collectives must be
 called by all ranks, in the same order; ranks that disagree are named within seconds.
 """
 

@@ -1,6 +1,6 @@
 """The board: notes of all ranks on where they are, outside of collectives.
 
-A rank in a long wait posts its place and reads those of the others. As long as collectives take
+A rank in a long wait posts its place and reads the notes of others. As long as collectives take
 less than SECONDS, nothing is posted or paid for.
 """
 
@@ -115,7 +115,7 @@ def _statuses() -> dict[int, tuple[int, str, list[str]]]:
 
 
 def _differences(what: str, items: Sequence[str] = ()) -> str:
-    """Say where each rank is, once all have posted it or had the time to."""
+    """Say where each rank is, once all have posted or had the time to."""
     deadline = time.monotonic() + 1.5 * SECONDS
     while len(statuses := _statuses()) < world_size() and time.monotonic() < deadline:
         if failed := failures():

@@ -26,7 +26,7 @@ BUCKET_BYTES = 25 * 2**20
 
 
 def rank_zero_only(function: Callable[..., T]) -> Callable[..., T | None]:
-    """Decorate a function to run on rank zero alone; elsewhere it returns None."""
+    """Decorate a function to run on rank zero alone, and return None elsewhere."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> T | None:
@@ -48,10 +48,10 @@ def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> None:
 
 
 def gather_objects(obj: T, name: str = "gather_objects") -> list[T]:
-    """Return the objects of all ranks, by rank. They travel pickled: keep them small.
+    """Return the objects of all ranks, by rank. Keep objects small, as they travel pickled.
 
     Args:
-        obj: anything that can be pickled.
+        obj: anything to be pickled.
         name: of the operation, for the message if ranks disagree.
     """
     if not is_distributed():
@@ -63,7 +63,7 @@ def gather_objects(obj: T, name: str = "gather_objects") -> list[T]:
 
 
 def broadcast_object(obj: T, src: int = 0) -> T:
-    """Return the object of rank `src` on all ranks; those of other ranks are ignored."""
+    """Return the object of rank `src` on all ranks; other objects are ignored."""
     if not is_distributed():
         return obj
     check_same_call(f"broadcast_object from rank {src}")
@@ -74,7 +74,7 @@ def broadcast_object(obj: T, src: int = 0) -> T:
 
 @contextmanager
 def raised_everywhere() -> Iterator[None]:
-    """Raise an error of rank zero in the body on all ranks; that of another raises there."""
+    """Raise an error of rank zero in the body on all ranks; any other raises on its own rank."""
     error: Exception | None = None
     try:
         yield
@@ -88,13 +88,13 @@ def raised_everywhere() -> Iterator[None]:
 def average_metrics(metrics: Mapping[str, Any], count: float | None = None) -> dict[str, float]:
     """Average metrics over ranks, in double precision.
 
-    A metric that only some ranks have is averaged over those; a rank with a zero count (it saw no
-    example) does not count.
+    A metric of some ranks is averaged over these ranks; a rank with a zero count (no example) does
+    not count.
 
     Args:
         metrics: of `averager`, or numbers and tensors of one element.
         count: weight of this rank, usually its number of examples. By default, `averager`'s have
-            the weights of their steps; a dict, also one made from them, weighs 1.
+            the weights of their steps, and a dict weighs 1.
     """
     numbers = {
         k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in metrics.items()
@@ -163,7 +163,7 @@ def grouped(tensors: Iterable[Tensor], alone: float = math.inf) -> Iterator[list
     """Group tensors of one dtype and device, in order, until a group fills a bucket.
 
     Args:
-        alone: bytes from which on a tensor is a group of its own.
+        alone: size in bytes of tensors in a group of their own.
     """
     groups: dict[Any, list[Tensor]] = {}
     sizes: Counter[Any] = Counter()

@@ -25,8 +25,7 @@ ALONE_BYTES = 4 * 2**20
 def sync_gradients(params: Iterable[nn.Parameter], owner: nn.Module | None = None) -> None:
     """Average gradients over ranks, after the backward pass.
 
-    A parameter without a gradient on some ranks counts as zero there; one without on all ranks
-    stays without.
+    A gradient absent on some ranks counts as zero there; absent on all ranks, it stays absent.
 
     Args:
         params: the same on all ranks, in the same order.
@@ -59,8 +58,8 @@ def sync_model(model: nn.Module, sync_buffers: bool = True, average_buffers: boo
 
     Args:
         sync_buffers: synchronise the buffers as well.
-        average_buffers: average floating point buffers over ranks; else take those of rank zero.
-            Integer buffers (such as counters) are always those of rank zero.
+        average_buffers: average floating point buffers over ranks; else copy from rank zero.
+            Integer buffers (such as counters) are always copied.
     """
     sync_gradients(model.parameters(), model)
     if sync_buffers:
@@ -89,9 +88,9 @@ def _sync_buffers(model: nn.Module, average: bool) -> None:
 
 
 class _Bucket:
-    """Gradients that travel together in one step: in a flat copy, or a large one as it is.
+    """Gradients that travel together in a step: small ones in a flat copy, a large one alone.
 
-    Each step makes its own, because messages of a step that failed may still arrive later.
+    Each step makes new buckets, as messages of a failed step may still arrive.
 
     Args:
         params: with their descriptions.
@@ -120,7 +119,7 @@ class _Bucket:
 
     @torch.no_grad()
     def receive(self, call: str) -> None:
-        """Wait for the averages, and put them in place; `call` names the wait in errors."""
+        """Wait for the averages, and put all in place; `call` names the wait in errors."""
         finish(self.work, self.flat, call)
         if len(self.parts) > 1:
             torch._foreach_copy_(self.parts, self.flat.split([p.numel() for p in self.parts]))
@@ -135,9 +134,9 @@ _groups: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _buckets(params: Iterable[nn.Parameter], owner: nn.Module | None) -> list[_Bucket]:
-    """Return the buckets of a step, in the order in which the backward pass fills them.
+    """Return the buckets of a step, in the order of the backward pass.
 
-    On first use of these parameters, check that all ranks have the same.
+    On first use, check for the same parameters on all ranks.
     """
     # Without sharded ones, whose gradients `fully_shard` averages.
     trained = [p for p in params if p.requires_grad and not hasattr(p, "placements")]
@@ -155,7 +154,7 @@ def _buckets(params: Iterable[nn.Parameter], owner: nn.Module | None) -> list[_B
 
 @contextmanager
 def _sent_when_full(buckets: list[_Bucket]) -> Iterator[None]:
-    """Send each bucket as soon as the backward pass in the body has filled it."""
+    """Send each bucket when the backward pass in the body has filled the bucket."""
     bucket_of: dict[torch.Tensor, _Bucket] = {p: b for b in buckets for p in b.params}
     waiting = deque(buckets)
 
@@ -178,7 +177,7 @@ def _sent_when_full(buckets: list[_Bucket]) -> Iterator[None]:
 
 
 def _average(buckets: list[_Bucket]) -> None:
-    """Send the buckets that were not sent yet, and put the averages of all in place."""
+    """Send the remaining buckets, and put all averages in place."""
     params = [p for bucket in buckets for p in bucket.params]
     # On the CPU, and apart from the gradients: to read the flags waits for no GPU.
     used = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8)
@@ -198,7 +197,7 @@ def _average(buckets: list[_Bucket]) -> None:
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    """Wrap a model in DistributedDataParallel; alone, return it as it is."""
+    """Wrap a model in DistributedDataParallel; return the bare model in a single process."""
     if not is_distributed():
         return model
     device = next(model.parameters()).device

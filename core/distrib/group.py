@@ -34,9 +34,9 @@ class ThisProcess:
     """Knowledge of this process about its group.
 
     Args:
-        store: of notes that all ranks can read, outside of collectives.
+        store: of notes for all ranks, outside of collectives.
         broken: a collective failed, and may never end.
-        meeting_file: returns where processes meet that Dora started on one machine, else None.
+        meeting_file: returns the file where Dora's processes on a machine meet, else None.
     """
 
     store: Store | None = None
@@ -48,7 +48,7 @@ this_process = ThisProcess()
 
 
 class Launched(NamedTuple):
-    """The number of this process among all of the run, and among those on its machine."""
+    """The rank of this process in the run, and on its machine."""
 
     rank: int = 0
     world_size: int = 1
@@ -57,7 +57,7 @@ class Launched(NamedTuple):
 
 
 def launched() -> Launched:
-    """Read what our launcher tells: Dora, torchrun or a script (environment), Slurm."""
+    """Read our ranks from the launcher: Dora, torchrun or a script (environment), or Slurm."""
     env = os.environ
     if "WORLD_SIZE" in env:
         rank, world = int(env.get("RANK", 0)), int(env["WORLD_SIZE"])
@@ -73,7 +73,7 @@ def launched() -> Launched:
 
 
 def is_distributed() -> bool:
-    """Return whether this is one of several processes of a run."""
+    """Return whether the run has several processes."""
     return world_size() > 1
 
 
@@ -98,12 +98,12 @@ def is_initialized() -> bool:
 
 
 def init(backend: str | None = None, timeout: float = 1800.0) -> None:
-    """Join the process group, if this process was launched as one of several.
+    """Join the process group, if the run has several processes.
 
     Args:
         backend: defaults to NCCL for tensors on CUDA, and gloo for others.
-        timeout: seconds after which a collective that misses a rank fails. Ranks that are in
-            different collectives, or gone, are noticed within seconds.
+        timeout: of a collective, in seconds. Ranks in different collectives, or gone, are noticed
+            within seconds.
     """
     here = launched()
     if is_initialized() or here.world_size == 1:
@@ -172,7 +172,7 @@ def _rendezvous(here: Launched) -> str:
 
 
 def _end_with_launcher() -> None:
-    """Stop this process when its launcher, Dora or torchrun, was killed: else it trains unseen."""
+    """Stop this process when its launcher, Dora or torchrun, was killed, not to train unseen."""
     if this_process.meeting_file() is None and "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = os.getppid()
@@ -214,7 +214,7 @@ def device(name: str = "auto") -> torch.device:
     """Return this process's device.
 
     Args:
-        name: `auto` (the accelerator, if there is one), or a device such as `cuda` or `cpu`.
+        name: `auto` (the accelerator, if any), or a device such as `cuda` or `cpu`.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     found = accelerator.type if accelerator else "cpu"

@@ -23,7 +23,6 @@ from ..checkpoint import Policy
 from ..data import loader
 from ..ema import EMA
 from ..stop import Stopped
-from ..utils import UserError
 from .processes import on_ranks
 
 At = tuple[int, str, int]  # an epoch, a stage, a step
@@ -191,30 +190,6 @@ def test_readers_prefer_a_commit(tmp_path: Path) -> None:
     assert len(committed.history) == 2
     saved = checkpoint.read(tmp_path / "checkpoint.2.th")
     assert torch.equal(committed.model[0].weight, saved["model"]["0.weight"])
-
-
-def test_a_second_loop_is_refused_and_a_bar_is_not(tmp_path: Path) -> None:
-    class Twice(Solver):
-        def train(self) -> dict[str, float]:
-            assert [*self.log_progress("first", range(3))] == [0, 1, 2]
-            self.steps(range(3))
-            self.steps(range(3))
-            return {}
-
-    solver = solver_of(tmp_path, Twice)
-    with pytest.raises(UserError, match="train"):
-        solver.run_stage("train", solver.train)
-
-
-def test_other_stages_than_before_are_named(tmp_path: Path) -> None:
-    run_until(solver_of(tmp_path), (2, "valid", 1))
-    solver = solver_of(tmp_path)
-    with solver.running():
-        with pytest.raises(UserError, match=r"'train'.*'other'"):
-            solver.run_stage("other", dict)
-        solver.run_stage("train", solver.train)
-        with pytest.raises(UserError, match=r"'valid'.*'other'"):
-            solver.run_stage("other", dict)
 
 
 class Held(Solver):

@@ -13,7 +13,7 @@ from ..run import XP, get_xp
 
 
 class Tracker:
-    """Base of all trackers; results of a method that one does not override go nowhere.
+    """Base of all trackers; results of methods not overridden go nowhere.
 
     Trackers exist on rank zero only, and see checked values: metrics are plain numbers, audio is a
     float tensor `[C, T]` in -1..1, an image is a float tensor `[C, H, W]` in 0..1 with 1, 3 or 4
@@ -26,14 +26,14 @@ class Tracker:
 
     @classmethod
     def from_xp(cls, *args: Any, **kwargs: Any) -> Self:
-        """Make a tracker for the experiment that is running under Dora."""
+        """Make a tracker for the running experiment."""
         return cls(get_xp(), *args, **kwargs)
 
     def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Log the config, a nested dict of plain values, and metrics to compare runs by."""
 
     def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        """Log the metrics of one stage of one epoch."""
+        """Log the metrics of a stage in an epoch."""
 
     def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
         """Log a point of the stage's curves by step."""
@@ -42,8 +42,8 @@ class Tracker:
         """Forget the results after the point from which the run resumes.
 
         Args:
-            epoch: in which it resumes.
-            done: stages of this epoch that are done.
+            epoch: of the resume.
+            done: finished stages of this epoch.
             steps: taken by each stage until then; None if unknown.
         """
 
@@ -60,7 +60,7 @@ class Tracker:
 
 
 def check_audio(audio: Any) -> torch.Tensor:
-    """Return audio as a float tensor `[C, T]` on the CPU; ValueError if it is none."""
+    """Return audio as a float tensor `[C, T]` on the CPU; ValueError otherwise."""
     tensor = torch.as_tensor(audio).detach().cpu()
     if tensor.ndim != 2 or not tensor.is_floating_point():
         raise ValueError(f"log_audio: audio must be a float tensor [C, T], not {_describe(tensor)}")
@@ -68,7 +68,7 @@ def check_audio(audio: Any) -> torch.Tensor:
 
 
 def check_image(image: Any) -> torch.Tensor:
-    """Return an image as a float tensor `[C, H, W]` in 0..1 on the CPU; ValueError if it is none.
+    """Return an image as a float tensor `[C, H, W]` in 0..1 on the CPU; ValueError otherwise.
 
     Bytes (0..255) are scaled.
     """

@@ -1,4 +1,4 @@
-"""Local files: results that need no service and no package."""
+"""Local files: results without a service or a package."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class LocalFiles(Tracker):
 
 
 def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield the lines of a file and their rows, without damaged ones, which are counted."""
+    """Yield the intact lines of a file and their rows; damaged lines are counted."""
     damaged = 0
     for line in path.read_bytes().splitlines(keepends=True):
         try:

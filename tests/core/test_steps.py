@@ -64,6 +64,19 @@ def test_after_the_last_step_the_stage_ends_before_the_stop(tmp_path: Path) -> N
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
+class TwoEpochs(BaseSolver):
+    """Trains for two epochs."""
+
+    def run(self) -> None:
+        with self.running():
+            while self.epoch <= 2:
+                self.run_stage("train", self.train)
+                self.commit()
+
+    def train(self) -> dict[str, float]:
+        raise NotImplementedError
+
+
 class Again(BaseSolver):
     """Goes several times over the same shuffled data in an epoch, in all ways there are."""
 
@@ -233,18 +246,12 @@ class Stream:
 
 @pytest.mark.parametrize("stop_at", [2, 7])
 def test_data_with_a_state_resumes_where_it_is(tmp_path: Path, stop_at: int) -> None:
-    class Streaming(BaseSolver):
+    class Streaming(TwoEpochs):
         def __init__(self) -> None:
             super().__init__(tmp_path)
             self.stream = Stream()
             self.register_stateful("stream")
             self.seen: list[int] = []
-
-        def run(self) -> None:
-            with self.running():
-                while self.epoch <= 2:
-                    self.run_stage("train", self.train)
-                    self.commit()
 
         def train(self) -> dict[str, float]:
             steps = self.steps(self.stream, total=10)
@@ -740,7 +747,7 @@ def test_nested_solvers_have_positions_of_their_own(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------ another number of ranks
 
 
-class Elastic(BaseSolver):
+class Elastic(TwoEpochs):
     """Sees each example once an epoch, on any number of ranks."""
 
     def __init__(self, folder: Path, stop_at: int, beta: float) -> None:
@@ -750,12 +757,6 @@ class Elastic(BaseSolver):
         self.weight = nn.Linear(1, 1)
         self.register_stateful("weight")
         self.seen: list[int] = []
-
-    def run(self) -> None:
-        with self.running():
-            while self.epoch <= 2:
-                self.run_stage("train", self.train)
-                self.commit()
 
     def train(self) -> dict[str, float]:
         steps = self.steps(self.data, every=0, beta=self.beta)
@@ -811,3 +812,27 @@ def test_moving_averages_need_the_same_number_of_ranks(tmp_path: Path) -> None:
         assert seen == []
         assert "train" in end
         assert "beta" in end
+
+
+def test_a_second_loop_is_refused_and_a_bar_is_not(tmp_path: Path) -> None:
+    class Twice(Solver):
+        def train(self) -> dict[str, float]:
+            assert [*self.log_progress("first", range(3))] == [0, 1, 2]
+            self.steps(range(3))
+            self.steps(range(3))
+            return {}
+
+    solver = solver_of(tmp_path, Twice)
+    with pytest.raises(UserError, match="train"):
+        solver.run_stage("train", solver.train)
+
+
+def test_other_stages_than_before_are_named(tmp_path: Path) -> None:
+    run_until(solver_of(tmp_path), (2, "valid", 1))
+    solver = solver_of(tmp_path)
+    with solver.running():
+        with pytest.raises(UserError, match=r"'train'.*'other'"):
+            solver.run_stage("other", dict)
+        solver.run_stage("train", solver.train)
+        with pytest.raises(UserError, match=r"'valid'.*'other'"):
+            solver.run_stage("other", dict)
