@@ -125,14 +125,18 @@ class Ours:
 
     def commit(self) -> float:
         """Seconds that the training waits."""
+        from core.checkpoint import wait_for_writes
+
         begin = time.perf_counter()
         self.solver.commit()
         waited = time.perf_counter() - begin
-        self.solver._wait()
+        wait_for_writes()
         return waited
 
     def slowdown(self) -> float:
         """How much longer a step of a small model takes while a checkpoint is written."""
+        from core.checkpoint import wait_for_writes
+
         step = small_step()
         path = self.solver.checkpoint_path
         alone, begin = 0, time.perf_counter()
@@ -146,7 +150,7 @@ class Ours:
             step()
             steps += 1
         taken = time.perf_counter() - begin
-        self.solver._wait()
+        wait_for_writes()
         return taken / max(1, steps) / usual
 
 

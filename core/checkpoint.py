@@ -94,6 +94,7 @@ class Cursor:
         counts: steps since the run began, by stage.
         ranks: of each rank, the loop's averages, and the generators where the stage began (`start`)
             and where its loop began (`loop`).
+        logged: metrics of the epoch so far, by stage, as `log_metrics` has them.
     """
 
     done: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -102,6 +103,7 @@ class Cursor:
     seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
     ranks: list[StateDict] = field(default_factory=list)
+    logged: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_commit(self) -> bool:

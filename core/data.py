@@ -74,6 +74,7 @@ def loader(
         examples = None if updates_per_epoch is None else updates_per_epoch * batch
         multiple, kind = batch if kwargs.get("drop_last") else 1, sampler or EpochSampler
         kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples, multiple)
+        kwargs["sampler"].in_workers = bool(kwargs.get("num_workers"))
     # A generator of its own keeps the loader from drawing on the global one.
     kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
     return klass(dataset, *args, **workers.options(seed, kwargs))
@@ -86,13 +87,11 @@ def _check(
         raise ValueError("loader: batch_sampler= and other samplers are for DataLoader itself")
     if limit < 0:
         raise UserError(f"loader: limit={limit}; give a number of batches, or 0 for all")
-    if isinstance(dataset, IterableDataset) and ordered:
-        raise ValueError("loader: an iterable dataset has an order and an end of its own")
-    one_by_one = options["batch_size"] is None and options.get("num_workers")
-    if options.get("persistent_workers") or (
-        one_by_one and not isinstance(dataset, IterableDataset)
-    ):
-        logger.warning("persistent_workers, batch_size=None: random numbers differ after a resume")
+    if isinstance(dataset, IterableDataset):
+        if ordered:
+            raise ValueError("loader: an iterable dataset has an order and an end of its own")
+    elif options["batch_size"] is None and options.get("num_workers"):
+        logger.warning("batch_size=None: random numbers of workers differ after a resume")
 
 
 class EpochSampler(Sampler[int]):
@@ -120,6 +119,7 @@ class EpochSampler(Sampler[int]):
             raise ValueError("loader: updates_per_epoch= needs at least one update and one example")
         self.dataset, self.shuffle, self.seed = dataset, shuffle, seed
         self.examples, self.multiple = examples, multiple
+        self.in_workers = False  # load the examples, and draw random numbers for them
         self._skipped = 0
 
     def skip(self, examples: int) -> None:
@@ -141,7 +141,12 @@ class EpochSampler(Sampler[int]):
         order = self._window(epoch, salt) if self.examples else self._full_pass(epoch, salt)
         skipped, self._skipped = self._skipped, 0
         ranks = distrib.world_size()
-        yield from itertools.islice(order, distrib.rank() + skipped * ranks, None, ranks)
+        mine = itertools.islice(order, distrib.rank() + skipped * ranks, None, ranks)
+        if not self.in_workers:
+            yield from mine
+            return
+        for count, index in enumerate(mine, skipped):
+            yield workers.Index(index, (epoch, *salt, count * ranks + distrib.rank()))
 
     def _full_pass(self, epoch: int, salt: tuple[int, ...]) -> Iterable[int]:
         """Return all examples; when shuffling, some again so that ranks have equal shares."""

@@ -189,7 +189,7 @@ class Logs:
     logger: logging.Logger
     result_logger: ResultLogger
     _pending_metrics: dict[str, Any]
-    _stage: Any  # the running one, if any
+    _current_stage: Any  # the running one, if any
 
     @property
     def epoch(self) -> int:
@@ -199,9 +199,9 @@ class Logs:
     @property
     def current_stage(self) -> str:
         """Name of the running stage; RuntimeError outside of one."""
-        if self._stage is None:
+        if self._current_stage is None:
             raise RuntimeError("no stage is running: write run_stage('train', self.train)")
-        return str(self._stage.name)
+        return str(self._current_stage.name)
 
     @property
     def formatter(self) -> Formatter:

@@ -9,7 +9,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +25,8 @@ from .rng import get_rng_state, position
 from .run import XP, FolderXP, check_config, get_xp, locked, read_history, write_history
 from .state import AttributeWrapper, StateDict, StateManager, to_plain
 from .steps import Epoch, Stage, Steps
-from .stop import Requests, Stopped, agreed
-from .utils import has_pending_gradients, note_steps
+from .stop import Requests, Stopped
+from .utils import Accumulation, UserError
 
 T = TypeVar("T")
 
@@ -51,17 +51,16 @@ class BaseSolver(Logs):
         self.stateful = StateManager()
         self.register_stateful("history")
         self.register_stateful("xp.cfg", "xp.sig", write_only=True)
-        self._policy = checkpoint if isinstance(checkpoint, Policy) else Policy(**checkpoint or {})
-        self._writer = Writer()
-        self._requests: Requests | None = None  # within `running()`
-        self._read_only = False
-        self._stopping = ""  # the signal for which all ranks have agreed to stop, in a commit
-        self._stage: Stage | None = None
+        self.__policy = checkpoint if isinstance(checkpoint, Policy) else Policy(**checkpoint or {})
+        self.__writer = Writer()
+        self.__requests = Requests()
+        self.__read_only = self.__trained = False
+        self._current_stage: Stage | None = None
         self._pending_metrics: dict[str, Any] = {}  # of this epoch, by stage
-        self._epoch = Epoch(1, {})
+        self.__epoch = Epoch(1, {})
         # A commit that is overridden may write files of its own: none is written within an epoch
         # before one has come to the commit of this class.
-        self._commits_here = type(self).commit is BaseSolver.commit
+        self.__commits_here = type(self).commit is BaseSolver.commit
 
     def __setattr__(self, name: str, value: Any) -> None:
         if callable(getattr(BaseSolver, name, None)) and not name.startswith("__"):
@@ -93,19 +92,23 @@ class BaseSolver(Logs):
             UserError: if another process trains the run, or if no epoch was committed.
             Stopped: after a request to stop, when all is saved.
         """
+        if self.__read_only:
+            raise UserError(f"run {self.xp.sig} was restored with read_only=True: no training")
         with locked(self.xp):
-            self.restore()
-            self._stopping = ""
-            self._requests = Requests(self._policy.minutes, self._writer.is_busy)
+            if self.restore() is False and self.__trained:
+                raise UserError("nothing was saved, and this solver has trained: make a new one")
+            self.__trained = True
+            self.__requests = Requests(self.__policy.minutes, self.__writer.is_busy)
+            nested = position.get().stage  # in another run: that one is asked, and stops
             try:
-                with self._requests.listening():
+                with nullcontext() if nested else self.__requests.listening():
                     self._log_start()
                     yield
-                    self._wait()
-                    self._log_end(self._policy)
+                    self.__wait()
+                    self._log_end(self.__policy)
             finally:
-                self._writer.settle()  # without the other ranks, which may be elsewhere
-                self._requests = None
+                self.__writer.settle()  # without the other ranks, which may be elsewhere
+                self.__requests = Requests()
 
     @property
     def folder(self) -> Path:
@@ -126,52 +129,51 @@ class BaseSolver(Logs):
         Args:
             save_checkpoint: else a run that stops before the next checkpoint repeats this epoch.
         """
-        if self._read_only:
+        if self.__read_only:
             raise RuntimeError(f"run {self.xp.sig} was restored with read_only=True: no commits")
-        self._commits_here = True
-        self._wait()
-        self._stopping = agreed(self._requests)
-        if not self._is_ready():
+        self.__commits_here = True
+        self.__wait()
+        self.__requests.agree()
+        if not self.__is_ready():
             self.logger.warning("Gradients are pending at a commit, and are not saved")
         self.history.append(self._pending_metrics)
-        before, self._epoch = self._epoch, Epoch(self.epoch, self._epoch.counts)
         try:
             json.dumps(self.history[-1])  # raises before a checkpoint holds what JSON can't
-            if save_checkpoint or self._stopping:
-                self._save()
-                if not self._policy.background:
-                    self._wait()
+            if save_checkpoint or self.__requests.agreed:
+                self.__save()
+                if not self.__policy.background:
+                    self.__wait()
             elif distrib.is_rank_zero():
                 write_history(self.xp.link, self.history)
         except BaseException:
             self.history.pop()
-            self._epoch = before
             raise
         self._start_epoch()
 
-    def _wait(self) -> None:
+    def __wait(self) -> None:
         """Wait until all saves are on disk; their error raises on all ranks."""
         with distrib.raised_everywhere():
-            self._writer.wait()
+            self.__writer.wait()
 
-    def _save(self, stage: Stage | None = None) -> None:
+    def __save(self, stage: Stage | None = None) -> None:
         """Save the state and where the run is; all ranks must be there."""
         if lending.get():
             raise RuntimeError("weights are lent: leave `swapped()` or `weights()` before a save")
-        if self._requests is not None:
-            self._requests.renew()  # before the state is gathered, which may take long
+        self.__requests.renew()  # before the state is gathered, which may take long
         mine = {"rng": get_rng_state()} | (stage.rank_state() if stage else {})
         ranks = distrib.gather_objects(to_plain(mine))
         state = self.state_dict() | {"rng": {"ranks": [theirs.pop("rng") for theirs in ranks]}}
-        cursor, history = self._epoch.position(ranks, stage), [*self.history]
+        cursor, history = Cursor(counts=self.__epoch.counts, ranks=ranks), [*self.history]
+        if stage is not None:
+            cursor = self.__epoch.position(stage, ranks, deepcopy(self._pending_metrics))
         self.result_logger.flush()
 
         def write(state: StateDict) -> None:
-            checkpoint.save(state, self.checkpoint_path, history, self._policy, cursor)
+            checkpoint.save(state, self.checkpoint_path, history, self.__policy, cursor)
             write_history(self.xp.link, history)
 
         if distrib.is_rank_zero():
-            self._writer.submit(state, write)
+            self.__writer.submit(state, write)
 
     def restore(
         self, strict: bool = True, read_only: bool = False, version: str = "latest"
@@ -187,7 +189,7 @@ class BaseSolver(Logs):
                 its `ema`.
         """
         if read_only:
-            return self._look(strict, version)
+            return self.__look(strict, version)
         state = checkpoint.load(self.checkpoint_path)
         saved, later = len(state["history"]) if state else 0, len(read_history(self.xp.link))
         if later > saved:
@@ -199,19 +201,20 @@ class BaseSolver(Logs):
         cursor = checkpoint.pop_cursor(state)
         check_config(self.xp, state.get("xp.cfg") or {}, strict)
         # What comes before the cursor may change what is loaded here; there it is loaded once more.
-        self._load(state if cursor.is_commit else deepcopy(state), strict)
+        self.__load(state if cursor.is_commit else deepcopy(state), strict)
         if distrib.is_rank_zero():
             write_history(self.xp.link, self.history)
         self._start_epoch()
-        done = {name: dict(metrics) for name, metrics in cursor.done}
-        self.result_logger.resume(self.epoch, [*done], cursor.counts if cursor.ranks else None)
+        counts = cursor.counts if cursor.ranks else None
+        self.result_logger.resume(self.epoch, [*cursor.logged], counts)
         self.replay_history()
         if cursor.ranks:
-            self._resume(state if strict else self.stateful.fitting(state)[0], cursor)
-            self._pending_metrics = done
+            self.__resume(state if strict else self.stateful.fitting(state)[0], cursor)
+            self._pending_metrics = cursor.logged
+            self.__commits_here = True
         return True
 
-    def _resume(self, state: StateDict, cursor: Cursor) -> None:
+    def __resume(self, state: StateDict, cursor: Cursor) -> None:
         """Continue at a cursor, as soon as the run has come there again."""
 
         def load() -> None:
@@ -221,12 +224,12 @@ class BaseSolver(Logs):
 
         if cursor.is_commit:
             Epoch(self.epoch, cursor.counts, cursor).arrive()
-            self._epoch = Epoch(self.epoch, cursor.counts)
+            self.__epoch = Epoch(self.epoch, cursor.counts)
         else:
-            self._epoch = Epoch(self.epoch, cursor.counts, cursor, load)
+            self.__epoch = Epoch(self.epoch, cursor.counts, cursor, load)
             self.result_logger.paused = True
 
-    def _load(self, state: StateDict, strict: bool) -> None:
+    def __load(self, state: StateDict, strict: bool) -> None:
         """Restore all registered state, and insist on completeness."""
         missing = self.stateful.missing(state)
         fitting, problems = self.stateful.fitting(state)
@@ -241,13 +244,13 @@ class BaseSolver(Logs):
     def on_restore(self) -> None:
         """Change restored state, such as a learning rate: called after each load."""
 
-    def _look(self, strict: bool, version: str) -> bool:
+    def __look(self, strict: bool, version: str) -> bool:
         """Restore a version to be inspected."""
         if exists := any(self.folder.glob("checkpoint*.th")):
             state = versions.read_version(self.checkpoint_path, version)
-            self._load({n: v for n, v in state.items() if n not in ("checkpoint", "rng")}, strict)
+            self.__load({n: v for n, v in state.items() if n not in ("checkpoint", "rng")}, strict)
         self.result_logger.trackers.clear()
-        self._read_only = exists
+        self.__read_only = exists
         return exists
 
     def continue_from(
@@ -280,7 +283,7 @@ class BaseSolver(Logs):
         Args:
             version: the `best` commit, the `latest`, or the latest with the weights of its `ema`.
         """
-        self._wait()  # so that all ranks read the same files
+        self.__wait()  # so that all ranks read the same files
         state = versions.read_version(self.checkpoint_path, version)
         modules = self.stateful.values(nn.Module)
         with lent(modules, {name: state[name] for name in modules.keys() & state}):
@@ -289,7 +292,7 @@ class BaseSolver(Logs):
     def _start_epoch(self) -> None:
         """Forget the stages of the last epoch. A commit of your own ends with this call."""
         self._pending_metrics = {}
-        self._epoch = Epoch(self.epoch, self._epoch.counts)
+        self.__epoch = Epoch(self.epoch, self.__epoch.counts)
         self.result_logger.paused = False
 
     # ------------------------------------------------------------------------------------- state
@@ -318,10 +321,10 @@ class BaseSolver(Logs):
             raise RuntimeError("weights are lent: leave `swapped()` or `weights()` before a load")
         self.stateful.load_state_dict(state)
 
-    def _is_ready(self) -> bool:
+    def __is_ready(self) -> bool:
         """Return whether the state is complete: no weights are lent, no gradients pending."""
         optimizers = self.stateful.values(Optimizer).values()
-        return not lending.get() and not any(map(has_pending_gradients, optimizers))
+        return not lending.get() and not any(Accumulation.of(o).is_pending(o) for o in optimizers)
 
     # ------------------------------------------------------------------------------------ stages
 
@@ -334,39 +337,41 @@ class BaseSolver(Logs):
             stage_name: of the metrics in logs.
             method: called with the remaining arguments; returns a dict of metrics, or None.
         """
-        if self._stage is not None:
+        if self._current_stage is not None:
             raise RuntimeError(
                 f"stage {stage_name!r} begins within {self.current_stage!r}: not nested"
             )
-        if self._requests and not self._commits_here and not self._epoch.done:
-            self._stopping = agreed(self._requests)
-        if self._stopping:
-            self._stop(self._stopping, f"epoch {self.epoch - 1}")
-        if self._epoch.number != self.epoch:  # the history was loaded by other code than `restore`
-            self._epoch = Epoch(self.epoch, self._epoch.counts)
-        if (known := self._epoch.skip(stage_name)) is not None:
+        if self.__requests.listens and not self.__commits_here and not self.__epoch.done:
+            self.__requests.agree()
+        if self.__requests.agreed:
+            self.__stop(self.__requests.agreed, f"epoch {self.epoch - 1}")
+        if self.__epoch.number != self.epoch:  # the history was loaded by other code than `restore`
+            self.__epoch = Epoch(self.epoch, self.__epoch.counts)
+        if (known := self.__epoch.skip(stage_name)) is not None:
             return known
         for optimizer in self.stateful.values(Optimizer).values():
-            note_steps(optimizer)
+            Accumulation.of(optimizer)
         # With weights lent by the caller, nothing could be saved in this stage.
-        requests = self._requests if self._commits_here and not lending.get() else None
-        checks = self._is_ready, self.stateful.holds
-        stage = Stage(stage_name, self._epoch, requests, self._save, *checks)
-        self._stage, token = stage, position.set(stage.here)
+        can_save = self.__commits_here and not lending.get()
+        requests = self.__requests if can_save else Requests()
+        checks = self.__is_ready, self.stateful.holds
+        stage = Stage(stage_name, self.__epoch, requests, self.__save, *checks)
+        self._current_stage, token = stage, position.set(stage.here)
         try:
             metrics = stage.result(method(*args, **kwargs))
+            self.__epoch.finish(stage, metrics)
         except Stopped as stopped:
             stage.unwind()
-            self._stop(str(stopped), f"step {stage.step} of {stage_name} in epoch {self.epoch}")
+            self.__stop(str(stopped), f"step {stage.step} of {stage_name} in epoch {self.epoch}")
         finally:
-            self._stage = None
+            self._current_stage = None
             position.reset(token)
-        self._epoch.finish(stage, metrics)
+            stage.steps = None  # a cycle would keep the solver, and its model, alive
         self.log_metrics(stage_name, metrics)
         return metrics
 
-    def _stop(self, asked: str, where: str) -> None:
-        self._wait()
+    def __stop(self, asked: str, where: str) -> None:
+        self.__wait()
         note = "Stopped by %s after %s: saved. The same command resumes there"
         self.logger.warning(note, asked, where)
         raise Stopped(asked)
@@ -387,7 +392,8 @@ class BaseSolver(Logs):
             options: `finite`, names of metrics that must not be NaN or infinite;
                 `beta`, forgetting factor of the averages; `total`, if the data has no length.
         """
-        stage, name = self._stage, self._stage.name if self._stage else "steps"
-
-        bar = functools.partial(self.log_progress, name, updates=updates)
+        stage = self._current_stage
+        bar = functools.partial(
+            self.log_progress, stage.name if stage else "steps", updates=updates
+        )
         return Steps(data, stage, bar, self.result_logger.log_step, every, **options)

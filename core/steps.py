@@ -16,7 +16,7 @@ from .data import EpochSampler
 from .log import LogProgressBar
 from .metrics import Averages, added
 from .results import to_numbers
-from .rng import Position, derive_seed, get_rng_state, position, seed_process, set_rng_state
+from .rng import Position, derive_seed, get_rng_state, seed_process, set_rng_state
 from .state import StateDict
 from .stop import Requests, Stopped
 from .utils import UserError, length
@@ -76,13 +76,11 @@ class Epoch:
         self.counts[stage.name] = stage.counted + stage.step
         self.done.append((stage.name, dict(metrics)))  # the caller may change its own
 
-    def position(self, ranks: list[StateDict], stage: Stage | None) -> Cursor:
-        """Return a cursor of the run, between two stages or in a stage; a copy."""
-        cursor = Cursor([*self.done], counts=dict(self.counts), ranks=ranks)
-        if stage is not None:
-            cursor.stage, cursor.step, cursor.seconds = stage.name, stage.step, stage.seconds
-            cursor.counts[stage.name] = stage.counted + stage.step
-        return cursor
+    def position(self, stage: Stage, ranks: list[StateDict], logged: dict[str, Any]) -> Cursor:
+        """Return a cursor in a stage; see `Cursor` for `ranks` and `logged`."""
+        counts = self.counts | {stage.name: stage.counted + stage.step}
+        place = stage.name, stage.step, stage.seconds
+        return Cursor([*self.done], *place, counts, ranks, logged)
 
 
 class Stage:
@@ -91,7 +89,7 @@ class Stage:
     Args:
         name: of the stage.
         epoch: of the stage.
-        requests: to be answered between two steps; none outside of `running()`.
+        requests: to be answered between two steps.
         save: saves the state, with the position in this stage.
         is_ready: whether a save is possible: no weights lent, no gradients pending.
         is_registered: whether an object is registered as state.
@@ -101,7 +99,7 @@ class Stage:
         self,
         name: str,
         epoch: Epoch,
-        requests: Requests | None,
+        requests: Requests,
         save: Callable[[Stage], None],
         is_ready: Callable[[], bool],
         is_registered: Callable[[object], bool],
@@ -256,21 +254,16 @@ class Steps(Generic[T]):
     def _iterate(self) -> Generator[T, None, None]:
         """Yield the items after the finished steps, and answer requests between two items."""
         stage = self._stage
-        requests = stage.requests if stage else None
-        if stage is None or requests is None:
-            for item in self._begin():
-                yield item
-                self.step += 1
-            return
-        here, iterator = position.get(), self._begin()
-        saves = torch.is_grad_enabled()
-        with requests.loop((here.epoch, here.stage), self.step, saves):
+        requests = stage.requests if stage else Requests()
+        here = stage.here if stage else Position()
+        iterator = self._begin()
+        with requests.loop((here.epoch, here.stage), self.step, torch.is_grad_enabled()):
             for item in iterator:
                 here.step = self.step + 1
                 yield item
                 here.step = 0  # so that the order of the data depends on no step
                 self.step = requests.step = self.step + 1
-                if self.step >= requests.due and self.step != self._total:
+                if stage and self.step >= requests.due and self.step != self._total:
                     self._answer(stage, requests)
 
     def _answer(self, stage: Stage, requests: Requests) -> None:

@@ -37,23 +37,20 @@ class Stopped(KeyboardInterrupt):
     """The end of a run after a request to stop, when all is saved."""
 
 
-def agreed(requests: Requests | None) -> str:
-    """Return the signal to stop of any rank, on all ranks; empty without a signal."""
-    return next(filter(None, distrib.gather_objects(requests.signal if requests else "")), "")
-
-
 class Requests:
-    """Requests to this run.
+    """Requests to this run; there are none without `listening`.
 
     Args:
         minutes: between two saves at most; 0 for none.
         is_busy: returns whether a save is still being written; then no other is asked for.
     """
 
-    def __init__(self, minutes: float, is_busy: Callable[[], bool]) -> None:
+    def __init__(self, minutes: float = 0, is_busy: Callable[[], bool] = bool) -> None:
+        self.listens = False
         self.due: float = math.inf  # the step of the running loop after which to call `answer`
         self.step = 0  # steps of the running loop that are done
         self.signal = ""  # name of the signal that asked this rank, or another, for a stop
+        self.agreed = ""  # the signal for which all ranks stop at the next stage
         self._seconds = 60 * minutes or math.inf
         self._is_busy = is_busy
         self._loop: tuple[int, ...] = ()  # epoch and stage of the running loop
@@ -70,12 +67,13 @@ class Requests:
         handlers = {}
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        ended = threading.Event()
+        self.listens, ended = True, threading.Event()
         threading.Thread(target=self._watch, args=(ended,), daemon=True, name="requests").start()
         try:
             yield
         finally:
             ended.set()
+            self.listens = False
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
@@ -86,6 +84,10 @@ class Requests:
             self.due = math.inf
 
     # ------------------------------------------------------------------------- in the main thread
+
+    def agree(self) -> None:
+        """Agree to stop at the next stage if a signal has asked any rank; all must take part."""
+        self.agreed = next(filter(None, distrib.gather_objects(self.signal)), "")
 
     @contextmanager
     def loop(self, place: tuple[int, ...], step: int, saves: bool) -> Iterator[None]:

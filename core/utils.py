@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,23 +106,42 @@ def make_grid(images: torch.Tensor, columns: int = 8, padding: int = 1) -> torch
     return grid.reshape(channels, rows * height, columns * width)
 
 
-def note_steps(optimizer: Optimizer) -> None:
-    """Mark the gradients of an optimizer as used, after each of its steps from now on."""
+class Accumulation:
+    """Gradients of an optimizer: whether a backward pass has left some to its next step.
 
-    def note(optimizer: Optimizer, *_: Any) -> None:  # no closure: it would be a cycle
-        if (grad := next(_gradients(optimizer), None)) is not None:
-            grad.stepped = grad._version  # type: ignore[attr-defined]
+    The generator's loss of a GAN leaves gradients in the discriminator, to be dropped before its
+    next backward pass: once seen to be dropped, what is left after a step does not count.
+    """
 
-    if not hasattr(optimizer, "notes_steps"):
-        optimizer.notes_steps = optimizer.register_step_post_hook(note)  # type: ignore[attr-defined]
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._left: weakref.ref[torch.Tensor] | None = None  # a gradient that was found pending
+        self._drops = False
+        optimizer.register_step_post_hook(self._note)
 
+    @classmethod
+    def of(cls, optimizer: Any) -> Accumulation:
+        """Return the accumulation of an optimizer, whose steps are noted from the first call on."""
+        if not hasattr(optimizer, "accumulation"):
+            optimizer.accumulation = cls(optimizer)
+        found: Accumulation = optimizer.accumulation
+        return found
 
-def has_pending_gradients(optimizer: Optimizer) -> bool:
-    """Return whether a backward pass came after the optimizer's last step: an accumulation."""
-    grad = next(_gradients(optimizer), None)
-    if grad is None or getattr(grad, "stepped", None) == grad._version:
-        return False
-    return any(grad.count_nonzero() for grad in _gradients(optimizer))
+    def _note(self, optimizer: Optimizer, *_: Any) -> None:
+        grad: Any = next(_gradients(optimizer), None)
+        if self._left is not None:
+            self._drops, self._left = self._left() is not grad, None
+        if grad is not None:
+            grad.used = grad._version
+
+    def is_pending(self, optimizer: Optimizer) -> bool:
+        """Return whether the next step needs the present gradients."""
+        grad = next(_gradients(optimizer), None)
+        if grad is None or self._drops or getattr(grad, "used", None) == grad._version:
+            return False
+        if not any(grad.count_nonzero() for grad in _gradients(optimizer)):
+            return False
+        self._left = weakref.ref(grad)
+        return True
 
 
 def _gradients(optimizer: Optimizer) -> Iterator[torch.Tensor]:

@@ -47,10 +47,7 @@ class _WorkerStart:
         self.rank = distrib.rank()
 
     def __call__(self, worker: int) -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None and parent.pid != os.getppid():
-            # The parent was killed meanwhile; PyTorch would notice too late.
-            os._exit(1)
+        _end_without_parent()
         _leave_signals_to_the_run()
         epoch = position.get().epoch if self.epoch is None else self.epoch
         seed_process(derive_seed(self.seed, epoch, self.rank, worker))
@@ -59,7 +56,7 @@ class _WorkerStart:
             # A loader asks this method for a whole batch, if there is one.
             dataset: Any = info.dataset
             with suppress(AttributeError):
-                dataset.__getitems__ = _SeededBatches(dataset, (self.seed, epoch))
+                dataset.__getitems__ = _SeededBatches(dataset, self.seed)
         if self.then is not None:
             self.then(worker)
 
@@ -68,16 +65,31 @@ class _WorkerStart:
         return type(self), (self.seed, self.then, position.get().epoch)
 
 
-class _SeededBatches:
-    """A fetcher of batches, with generators seeded by the examples, on any rank."""
+class Index(int):
+    """The index of an example, with the place of this reading in the run."""
 
-    def __init__(self, dataset: Any, seeds: tuple[int, ...]) -> None:
+    place: tuple[int, ...]
+
+    def __new__(cls, index: int, place: tuple[int, ...]) -> Index:
+        new = super().__new__(cls, index)
+        new.place = place
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Index, (int(self), self.place)
+
+
+class _SeededBatches:
+    """A fetcher of batches, with generators seeded by the place of the first example."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
         self.fetch = getattr(dataset, "__getitems__", None)
         self.dataset = dataset
-        self.seeds = seeds
+        self.seed = seed
 
-    def __call__(self, indices: list[int]) -> list[Any]:
-        seed_process(derive_seed(*self.seeds, 0, *indices))
+    def __call__(self, indices: list[Any]) -> list[Any]:
+        seed_process(derive_seed(self.seed, *indices[0].place))
+        indices = [int(index) for index in indices]
         if self.fetch is not None:
             return cast(list[Any], self.fetch(indices))
         return [self.dataset[index] for index in indices]
@@ -107,6 +119,13 @@ def _fork_context() -> multiprocessing.context.BaseContext:
     return Context()
 
 
+def _end_without_parent() -> None:
+    """End a worker whose parent was killed before PyTorch's first look at the parent."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        os._exit(1)
+
+
 def _leave_signals_to_the_run() -> None:
     """Make a worker outlive a request to stop: until the run has stopped, it needs its data.
 
@@ -122,8 +141,9 @@ def _leave_signals_to_the_run() -> None:
 
     def watch() -> None:
         while True:
-            info = signal.sigwaitinfo(SIGNALS)
-            if info.si_signo == signal.SIGTERM and info.si_pid == os.getppid():
+            info = signal.sigtimedwait(SIGNALS, 5)
+            _end_without_parent()
+            if info is not None and info.si_signo == signal.SIGTERM and info.si_pid == os.getppid():
                 os._exit(0)
 
     threading.Thread(target=watch, daemon=True, name="signals").start()

@@ -20,7 +20,8 @@ def _add_gate(init):  # type: ignore
         return True
 
     def is_asked(self):  # type: ignore
-        return self._requests is not None and self._requests.due < math.inf
+        stage = self._current_stage
+        return stage is not None and stage.requests is not None and stage.requests.due < math.inf
 
     def init_and_wait(self, *args, **kwargs):  # type: ignore
         init(self, *args, **kwargs)

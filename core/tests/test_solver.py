@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from .. import BaseSolver, run
+from .. import BaseSolver, checkpoint, run
 from ..checkpoint import Policy
 from ..ema import EMA
 from ..rng import seed_everything
@@ -88,7 +88,7 @@ def test_a_commit_without_a_checkpoint_is_repeated(tmp_path: Path) -> None:
     solver.commit()
     solver.run_stage("train", solver.train)
     solver.commit(save_checkpoint=False)
-    solver._wait()
+    checkpoint.wait_for_writes()
     assert len(json.loads((tmp_path / "history.json").read_text())) == 2
     again = Solver(tmp_path)
     assert again.restore()
@@ -112,7 +112,7 @@ def test_stages(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage 'slow': `duration` is what run_stage measures"):
         solver.run_stage("slow", lambda: {"duration": 3.0})
     solver.commit()
-    solver._wait()
+    checkpoint.wait_for_writes()
     assert json.loads((tmp_path / "history.json").read_text())[0]["valid"]["b"] == 2
 
 
@@ -223,8 +223,9 @@ def test_a_run_that_was_not_restored_is_not_overwritten(tmp_path: Path) -> None:
     forgetful = Solver(tmp_path)
     forgetful.run_stage("train", forgetful.train)
     forgetful.commit()
+    forgetful.run_stage("train", forgetful.train)
     with pytest.raises(UserError, match=r"epoch 1 could not .* it is of epoch 3: call restore"):
-        forgetful._wait()
+        forgetful.commit()
     solver = Solver(tmp_path)
     assert solver.restore()
     assert solver.epoch == 4

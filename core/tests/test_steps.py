@@ -202,10 +202,10 @@ class Held(Solver):
         super().note(stage, step)
         at = (self.epoch, stage, step)
         if at == self.kill_at:
-            self._writer.wait()
+            checkpoint.wait_for_writes()
             os.kill(os.getpid(), signal.SIGKILL)
         if at == self.hold_at:
-            while self._requests is not None and self._requests.due == math.inf:
+            while self._current_stage and self._current_stage.requests.due == math.inf:
                 threading.Event().wait(0.01)
 
 
@@ -253,7 +253,7 @@ class Together(Solver):
         super().note(stage, step)
         asks = self.stop_at is not None and (self.epoch, stage, step) == self.stop_at
         if any(distrib.gather_objects(asks)):
-            while self._requests is not None and not self._requests.signal:
+            while self._current_stage and not self._current_stage.requests.signal:
                 threading.Event().wait(0.01)
 
 

@@ -65,10 +65,27 @@ def test_what_makes_a_resume_inexact_is_said(caplog: pytest.LogCaptureFixture) -
     loader(Stream(), None, num_workers=1)
     assert not caplog.text
     loader(Numbers(4), None, num_workers=1)
-    loader(Numbers(4), 2, num_workers=1, persistent_workers=True)
-    assert len(caplog.messages) == 2
+    assert len(caplog.messages) == 1
     assert "batch_size=None" in caplog.messages[0]
-    assert "persistent_workers" in caplog.messages[1]
+
+
+class Drawing(Numbers):
+    """Draws a random number for each example."""
+
+    def __getitem__(self, index: int) -> Any:
+        assert type(index) is int
+        return index, torch.rand(())
+
+
+@pytest.mark.parametrize("options", [{}, {"persistent_workers": True}])
+def test_each_reading_of_an_example_draws_other_numbers(options: dict[str, Any]) -> None:
+    made = loader(Drawing(4), 1, num_workers=1, updates_per_epoch=8, **options)
+    drawn = []
+    for epoch in (1, 2):
+        data.set_epoch(epoch)
+        drawn += [(int(index), float(number)) for index, number in made]
+    assert [index for index, _ in drawn] == [0, 1, 2, 3] * 4
+    assert len({number for _, number in drawn}) == 16
 
 
 class Half(data.EpochSampler):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
 import math
 import os
@@ -9,8 +11,9 @@ import random
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -319,24 +322,67 @@ def test_a_stopped_solver_runs_again_in_the_same_process(tmp_path: Path) -> None
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_a_solver_that_was_interrupted_before_a_save_runs_again(tmp_path: Path) -> None:
+def test_a_solver_that_was_interrupted_before_a_save_trains_no_second_time(tmp_path: Path) -> None:
     class Interrupted(Solver):
-        interrupted = False
-
         def valid(self) -> dict[str, float]:
-            if not self.interrupted:
-                self.interrupted = True
-                raise KeyboardInterrupt
-            return super().valid()
+            raise KeyboardInterrupt
 
     solver = solver_of(tmp_path, Interrupted)
     with pytest.raises(KeyboardInterrupt):
         solver.run()
-    run_until(solver, (1, "valid", 3))
+    with pytest.raises(UserError, match="make a new one"):
+        solver.run()
     resumed = solver_of(tmp_path)
     resumed.run()
-    assert resumed.seen[0] == (1, "valid", 0)
+    assert resumed.seen[0] == (1, "train", 0)
     assert [[*epoch] for epoch in history(tmp_path)] == [["train", "valid"]] * 3
+
+
+def test_metrics_logged_in_a_stage_that_was_stopped_are_kept(tmp_path: Path) -> None:
+    class Logging(Solver):
+        def train(self) -> dict[str, float]:
+            if self.epoch == 1:
+                self.log_metrics("before", {"number": 1})
+            return super().train()
+
+        def note(self, stage: str, step: int) -> None:
+            super().note(stage, step)
+            if step == 1:
+                self.log_metrics("early", {"number": 2})
+
+    run_until(solver_of(tmp_path, Logging), (1, "train", 3))
+    solver_of(tmp_path, Logging).run()
+    [first, *_] = checkpoint.read(tmp_path / "checkpoint.th")["history"]
+    assert first["before"] == {"number": 1}
+    assert first["early"] == {"number": 2}
+    rows = [row["stage"] for row in curves(tmp_path) if "step" not in row and row["epoch"] == 1]
+    assert rows.count("before") == 1
+
+
+def test_a_solver_for_looking_trains_nothing(tmp_path: Path) -> None:
+    solver_of(tmp_path).run()
+    solver = solver_of(tmp_path)
+    solver.restore(read_only=True)
+    with pytest.raises(UserError, match="read_only"):
+        solver.run()
+    assert not solver.seen
+
+
+def test_a_solver_that_has_trained_is_freed_at_once(tmp_path: Path) -> None:
+    solver = solver_of(tmp_path)
+    solver.run()
+    alive = weakref.ref(solver.model)
+    gc.disable()
+    try:
+        del solver
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_solver_is_not_copied(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="copied"):
+        copy.deepcopy(solver_of(tmp_path))
 
 
 def test_a_second_signal_ends_the_run_at_once(
@@ -591,6 +637,39 @@ def test_a_commit_with_pending_gradients_says_so(
     assert "radients" in caplog.text
 
 
+class Gan(Solver):
+    """Two optimizers; the second loss leaves gradients in the first model."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.critic = nn.Linear(4, 1).double()
+        self.critic_optim = torch.optim.Adam(self.critic.parameters())
+        self.register_stateful("critic", "critic_optim")
+
+    def train(self) -> dict[str, float]:
+        steps = self.steps(self.data)
+        for batch in steps:
+            examples = batch.double()
+            self.critic_optim.zero_grad()
+            self.critic(examples).mean().backward()
+            self.critic_optim.step()
+            self.optim.zero_grad()
+            loss = self.critic(self.model(examples).expand(-1, 4)).mean()
+            loss.backward()
+            self.optim.step()
+            steps.log({"loss": loss}, len(batch))
+            self.note("train", steps.step)
+        return steps.metrics()
+
+
+def test_gradients_that_another_loss_leaves_delay_a_save_by_a_step(tmp_path: Path) -> None:
+    solver_of(tmp_path / "whole", Gan).run()
+    run_until(solver_of(tmp_path / "stopped", Gan), (1, "train", 3))
+    assert cursor_of(tmp_path / "stopped")["step"] == 5
+    solver_of(tmp_path / "stopped", Gan).run()
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
 # ------------------------------------------------------------------------------------- own commits
 
 
@@ -613,6 +692,23 @@ class Bare(Own):
             self.run_stage("train", self.train)
             self.run_stage("valid", self.valid)
             self.commit()
+
+
+class Extended(Solver):
+    """A commit that calls the commit of the base."""
+
+    def commit(self, save_checkpoint: bool = True) -> None:
+        super().commit(save_checkpoint)
+
+
+def test_an_extended_commit_stops_within_the_first_epoch_after_a_resume(tmp_path: Path) -> None:
+    solver_of(tmp_path / "whole", Extended).run()
+    run_until(solver_of(tmp_path / "stopped", Extended), (2, "train", 3))
+    assert cursor_of(tmp_path / "stopped")["step"] == 4
+    run_until(solver_of(tmp_path / "stopped", Extended), (2, "train", 6))
+    assert cursor_of(tmp_path / "stopped")["step"] == 7
+    solver_of(tmp_path / "stopped", Extended).run()
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("kind", [Own, Bare])
@@ -695,9 +791,11 @@ class Inner(BaseSolver):
 class Outer(BaseSolver):
     """Trains others in its steps, and is asked to stop while it does."""
 
-    def __init__(self, folder: Path, nests: bool = True, stop_at: int = -1) -> None:
+    def __init__(
+        self, folder: Path, nests: bool = True, stop_at: int = -1, scope: bool = False
+    ) -> None:
         super().__init__(folder)
-        self.nests, self.stop_at = nests, stop_at
+        self.nests, self.stop_at, self.scope = nests, stop_at, scope
         self.data = loader(Numbers(), 3, shuffle=True, seed=3)
         self.seen: list[list[int]] = []
         self.inner: list[list[list[int]]] = []
@@ -714,8 +812,12 @@ class Outer(BaseSolver):
         for batch in steps:
             if self.nests:
                 here = position.get()
-                inner = Inner(self.folder / "inner", steps.step == self.stop_at)
-                found = inner.run_stage("train", inner.train)
+                number = len(self.inner) if self.scope else 0
+                inner = Inner(self.folder / f"inner{number}", steps.step == self.stop_at)
+                with inner.running() if self.scope else nullcontext():
+                    found = inner.run_stage("train", inner.train)
+                    if self.scope:
+                        inner.commit()
                 self.inner.append(inner.seen)
                 assert found["mean"] == 5.5
                 assert self.current_stage == "train"
@@ -725,15 +827,16 @@ class Outer(BaseSolver):
         return steps.metrics()
 
 
-def test_nested_solvers_have_positions_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scope", [False, True])
+def test_nested_solvers_have_positions_of_their_own(tmp_path: Path, scope: bool) -> None:
     alone, plain = Inner(tmp_path / "alone"), Outer(tmp_path / "plain", nests=False)
     alone.run_stage("train", alone.train)
     plain.run()
-    whole = Outer(tmp_path / "whole")
+    whole = Outer(tmp_path / "whole", scope=scope)
     whole.run()
     assert whole.seen == plain.seen
     assert whole.inner == [alone.seen] * 8
-    stopped = Outer(tmp_path / "stopped", stop_at=1)
+    stopped = Outer(tmp_path / "stopped", stop_at=1, scope=scope)
     with pytest.raises(Stopped):
         stopped.run()
     assert len(stopped.seen) == 2
@@ -766,7 +869,7 @@ class Elastic(TwoEpochs):
             if (self.epoch, steps.step) == (2, self.stop_at):
                 distrib.barrier()
                 ask()
-                while self._requests is not None and self._requests.due == math.inf:
+                while self._current_stage and self._current_stage.requests.due == math.inf:
                     threading.Event().wait(0.01)
                 distrib.barrier()  # all know after which step to stop
         return steps.metrics()
