@@ -25,7 +25,7 @@ import torch
 
 from . import distrib
 from .state import StateDict, to_plain
-from .utils import UserError, write_and_rename
+from .utils import UserError, flatten, write_and_rename
 
 logger = logging.getLogger(__name__)
 
@@ -170,13 +170,10 @@ class Writer:
 
     def wait(self) -> None:
         """Wait for the write in flight, if any; raise its error, once."""
-        if self._pending is None:
-            return
-        try:
-            self._pending.result()
-        finally:
-            if self._pending.done():  # else Ctrl-C ended the wait, and `settle` waits again
-                self._pending = None
+        if self._pending is not None:
+            self._pending.exception()  # waits; if Ctrl-C ends the wait, `settle` waits again
+            ended, self._pending = self._pending, None
+            ended.result()
 
 
 def save(
@@ -229,26 +226,26 @@ def _keep_previous(path: Path, epoch: int) -> None:
     except MemoryError:
         raise
     except Exception as error:
-        logger.warning("Damaged: %s, kept as %s: %s", path, _set_aside(path).name, error)
+        _report_damage(path, error)
         return
     if (found := about["epoch"]) > epoch:
         raise CheckpointError(
             f"it is of epoch {found}: call restore() first, or start anew (`dora run --clear`)"
         )
-    if not (about["commit"] and found):
-        return
-    name = path.with_name(f"{path.stem}.{found}{path.suffix}")
-    name.unlink(missing_ok=True)
-    try:
-        os.link(path, name)
-    except OSError:  # some file systems have no hard links
-        shutil.copyfile(path, name)
+    if about["commit"] and found:
+        name = path.with_stem(f"{path.stem}.{found}")
+        name.unlink(missing_ok=True)
+        try:
+            os.link(path, name)
+        except OSError:  # some file systems have no hard links
+            shutil.copyfile(path, name)
 
 
-def _set_aside(path: Path) -> Path:
-    """Rename a damaged file, to be neither read again nor overwritten."""
-    names = (f"{path.stem}.damaged-{number}{path.suffix}" for number in itertools.count(1))
-    return path.rename(next(new for name in names if not (new := path.with_name(name)).exists()))
+def _report_damage(path: Path, why: object, set_aside: bool = True) -> None:
+    """Warn of a damaged file; rename the file, to be neither read again nor overwritten."""
+    names = (path.with_stem(f"{path.stem}.damaged-{number}") for number in itertools.count(1))
+    kept = path.rename(next(n for n in names if not n.exists())) if set_aside else path
+    logger.warning("Damaged: %s, kept as %s: %s", path, kept.name, why)
 
 
 def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy, best: int | None) -> None:
@@ -257,12 +254,9 @@ def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy, best: 
     recent = [epoch for epoch in files if epoch < len(history)][::-1][: policy.last - 1]
     wanted = {best, *recent, *(e for e in files if policy.every and e % policy.every == 0)}
     if policy.best and best is None:
-        known = ", ".join(f"{s}.{n}" for s, m in (history or [{}])[-1].items() for n in m)
-        logger.warning(
-            "The best checkpoint is not kept: no epoch has a number for %s; there are %s",
-            policy.best,
-            known,
-        )
+        known = ", ".join(flatten(history[-1] if history else {}))
+        note = "The best checkpoint is not kept: no epoch has a number for %s; there are %s"
+        logger.warning(note, policy.best, known)
     for epoch, file in files.items():
         if epoch not in wanted:
             file.unlink()
@@ -285,32 +279,23 @@ def load(path: Path, read_only: bool = False) -> StateDict | None:
         The state, or None if there is no checkpoint at all.
 
     Raises:
-        CheckpointError: if there are checkpoints and none can be used.
+        UserError: if there are checkpoints and none can be used; of rank zero a CheckpointError.
     """
-    found: Path | CheckpointError | None = None
-    state: StateDict | None = None
-    if distrib.is_rank_zero():
-        wait_for_writes()
-        try:
-            found, state = _newest(path, read_only) or (None, None)
-        except CheckpointError as error:
-            found = error
+    wait_for_writes()
+    with distrib.raised_everywhere():
+        found, state = _newest(path, read_only) if distrib.is_rank_zero() else (None, None)
     found = distrib.broadcast_object(found)
-    if isinstance(found, CheckpointError):
-        raise found
-    return state if found is None or state is not None else read(found)
+    return read(found) if found is not None and state is None else state
 
 
-def _newest(path: Path, read_only: bool) -> tuple[Path, StateDict] | None:
+def _newest(path: Path, read_only: bool) -> tuple[Path | None, StateDict | None]:
     damaged: dict[Path, str] = {}
     paths = [path, *reversed(older(path).values())]
     if read_only:
         with suppress(Exception):
-            if len(paths) > 1 and not read_about(path)["commit"]:
+            if not read_about(path)["commit"]:
                 paths.append(paths.pop(0))
-    for candidate in paths:
-        if not candidate.exists():
-            continue
+    for candidate in filter(Path.exists, paths):
         try:
             state = read(candidate)
         except (OSError, MemoryError, CheckpointError) as error:
@@ -319,15 +304,14 @@ def _newest(path: Path, read_only: bool) -> tuple[Path, StateDict] | None:
             damaged[candidate] = str(error).splitlines()[0]
             continue
         for bad, why in damaged.items():
-            where = bad if read_only else _set_aside(bad)
-            logger.warning("Damaged: %s, kept as %s: %s", bad, where.name, why)
+            _report_damage(bad, why, set_aside=not read_only)
         return candidate, state
     if damaged:
         raise CheckpointError(
             "no checkpoint can be read, and none was touched; move these files away to start anew: "
             + "; ".join(f"{bad}: {why}" for bad, why in damaged.items())
         )
-    return None
+    return None, None
 
 
 def read(path: Path) -> StateDict:
@@ -361,9 +345,8 @@ def pop_cursor(state: StateDict) -> Cursor:
     if (saved := len(cursor.ranks)) != distrib.world_size():
         note = "Saved by %d processes: each example comes once, random numbers differ from here"
         logger.warning(note, saved)
-    cursor.ranks = [
-        theirs | {"now": now} for theirs, now in zip(cursor.ranks, rng["ranks"], strict=True)
-    ]
+    for theirs, now in zip(cursor.ranks, rng["ranks"], strict=True):
+        theirs["now"] = now
     return cursor
 
 

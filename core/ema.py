@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modules import fit_tensors, lent, original_names, shard_like
+from .modules import fit_tensors, lent, original_name, shard_like
 from .utils import UserError
 
 _Entry = tuple[Mapping[str, Any], str]  # a table of a module's tensors, and a name in it
@@ -47,7 +47,6 @@ class EMA:
         self._averages: list[tuple[torch.Tensor, _Entry]] = []
         self._copies: list[tuple[torch.Tensor, _Entry]] = []
         for name, module in self.modules.items():
-            original = original_names(module)
             self.states[name] = {}
             for key, value in module.state_dict(keep_vars=True).items():
                 if not isinstance(value, torch.Tensor):
@@ -59,7 +58,7 @@ class EMA:
                 dense = average.layout == torch.strided
                 kind = self._averages if number and dense else self._copies
                 kind.append((average, _entry(module, key, value)))
-                self.states[name][original(key)] = average
+                self.states[name][original_name(module, key)] = average
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from copy import deepcopy
+from copy import copy, deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,32 +17,29 @@ from torch.nn.parameter import is_lazy
 
 def module_state(module: nn.Module) -> dict[str, Any]:
     """Return the state of a module, by the names it has without compiling and DDP."""
-    return _renamed(module.state_dict(), original_names(module))
+    return _renamed(module.state_dict(), partial(original_name, module))
 
 
 def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Restore a module, compiled or distributed or not, from a `module_state`."""
-    own, original = module.state_dict(), original_names(module)
-    names = {original(n): n for n in (*getattr(own, "_metadata", {}), *own)}
+    own = module.state_dict()
+    names = {original_name(module, n): n for n in (*getattr(own, "_metadata", {}), *own)}
     state = _renamed(state, lambda name: names.get(name, name))
     for name in own.keys() & state.keys():
         state[name] = shard_like(own[name], state[name])
     module.load_state_dict(state)
 
 
-def original_names(module: nn.Module) -> Callable[[str], str]:
-    """Return a function that strips the additions of compiling and DDP from a name."""
-    ddp = nn.parallel.DistributedDataParallel
-    parts_of = module.named_modules(remove_duplicate=False)
-    added = {f"{name}.module".removeprefix(".") for name, part in parts_of if isinstance(part, ddp)}
-
-    def original(name: str) -> str:
-        parts = name.split(".")
-        paths = itertools.accumulate(parts, "{}.{}".format)
-        kept = (p for p, path in zip(parts, paths, strict=True) if path not in added)
-        return ".".join(part for part in kept if part != "_orig_mod")
-
-    return original
+def original_name(module: nn.Module, name: str) -> str:
+    """Return the name of a part of a module, without the additions of compiling and DDP."""
+    kept: list[str] = []
+    part: Any = module
+    for step in name.split("."):
+        wrapped = step == "module" and isinstance(part, nn.parallel.DistributedDataParallel)
+        if not wrapped and step != "_orig_mod":
+            kept.append(step)
+        part = getattr(part, "_modules", {}).get(step)
+    return ".".join(kept)
 
 
 def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
@@ -65,16 +62,15 @@ def shard_like(own: Any, whole: Any) -> Any:
 
 
 def fit_tensors(own: Mapping[str, Any], state: Any, name: str) -> tuple[Any, list[str]]:
-    """Return our own tensors, replaced by tensors of a state with the same shape."""
-    usable = own.copy() if hasattr(own, "copy") else dict(own)  # keeps the versions of modules
-    problems = [f"{name}.{key}: unexpected" for key in state.keys() - own.keys()]
+    """Return a state with our own tensors in place of misfits, and the misfits."""
+    usable, problems = copy(state), []  # a copy keeps the versions of modules
+    for key in state.keys() - own.keys():
+        problems.append(f"{name}.{key}: unexpected")
+        del usable[key]
     for key, value in own.items():
-        if key not in state:
-            problems.append(f"{name}.{key}: missing")
-        elif difference := other_shape(value, state[key]):
-            problems.append(f"{name}.{key}: {difference}")
-        else:
-            usable[key] = state[key]
+        if found := other_shape(value, state[key]) if key in state else "missing":
+            problems.append(f"{name}.{key}: {found}")
+            usable[key] = value
     return usable, sorted(problems)
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,12 +29,10 @@ class XP(Protocol):
 
     cfg: Any
     sig: str
+    link: Any
 
     @property
     def folder(self) -> Path: ...
-
-    @property
-    def link(self) -> Any: ...
 
 
 finders: list[Callable[[], XP | None]] = []  # of the running experiment: `launch.py` adds Dora's
@@ -93,15 +91,13 @@ class FileLink:
 
 
 def read_history(link: Any) -> History:
-    """Return the published history; none if its file is damaged, with a warning."""
+    """Return the published history, or the last known if its file is damaged, with a warning."""
     try:
         link.load()
     except ValueError as error:
-        path = link.history_file
-        logger.warning("%s can't be read: %s; the checkpoint has it as well", path, error)
-        return []
-    history: History = link.history
-    return history
+        note = "%s can't be read: %s; the checkpoint has it as well"
+        logger.warning(note, link.history_file, error)
+    return [*link.history]
 
 
 def write_history(link: Any, history: History) -> None:
@@ -119,21 +115,18 @@ def locked(xp: XP) -> Iterator[None]:
     """Hold a run's lock on rank zero; UserError on all ranks if another process has the lock."""
     from filelock import FileLock
 
-    lock = FileLock(xp.folder / ".lock")  # released by a process that dies
-    with distrib.raised_everywhere():
-        if distrib.is_rank_zero():
-            try:
-                lock.acquire(timeout=LOCK_SECONDS)
-            except TimeoutError:
-                raise UserError(
-                    f"run {xp.sig} is training in another process: wait for its end, or stop it"
-                ) from None
-            except (OSError, NotImplementedError) as error:  # some file systems know no locks
-                logger.warning("Two processes could train this run: no lock, %s", error)
-    try:
+    with ExitStack() as held:
+        with distrib.raised_everywhere():
+            if distrib.is_rank_zero():
+                try:  # released by a process that dies
+                    held.enter_context(FileLock(xp.folder / ".lock", timeout=LOCK_SECONDS))
+                except TimeoutError:
+                    raise UserError(
+                        f"run {xp.sig} is training in another process: wait for its end, or stop it"
+                    ) from None
+                except (OSError, NotImplementedError) as error:  # some file systems know no locks
+                    logger.warning("Two processes could train this run: no lock, %s", error)
         yield
-    finally:
-        lock.release()
 
 
 # ---------------------------------------------------------------------------------------- config

@@ -10,9 +10,10 @@ import logging
 import weakref
 from argparse import Namespace
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter, methodcaller
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 StateDict = dict[str, Any]
 Problems = list[str]
+OnTensor = Callable[[torch.Tensor], torch.Tensor]
 PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 
 
@@ -40,9 +42,14 @@ class StateDictSource(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...
 
 
+def fit(source: Any, state: Any, name: str) -> tuple[Any, Problems]:
+    """Return the fitting part of a state, and the problems with the rest, if a source can tell."""
+    return source.fit_state(state, name) if hasattr(source, "fit_state") else (state, [])
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """Functions to save and restore a kind of value.
+    """Functions to save and restore a kind of value; by default the value's own methods.
 
     Args:
         matches: whether a value is of this kind.
@@ -52,17 +59,13 @@ class Adapter:
     """
 
     matches: Callable[[Any], bool]
-    get: Callable[[Any], Any]
-    set: Callable[[Any, Any], Any]
-    fit: Callable[[Any, Any, str], tuple[Any, Problems]] = lambda value, state, name: (state, [])
+    get: Callable[[Any], Any] = methodcaller("state_dict")
+    set: Callable[[Any, Any], Any] = lambda value, state: value.load_state_dict(state)
+    fit: Callable[[Any, Any, str], tuple[Any, Problems]] = fit
     replaces: bool = False
 
 
-def to_plain(
-    value: Any,
-    name: str = "state",
-    copy: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
-) -> Any:
+def to_plain(value: Any, name: str = "state", copy: OnTensor = lambda tensor: tensor) -> Any:
     """Convert a state to tensors and plain containers; TypeError names a value of another type.
 
     Args:
@@ -75,30 +78,29 @@ def to_plain(
         return copy(value.full_tensor() if hasattr(value, "full_tensor") else value)
     if type(value) in PLAIN:
         return value
-    if isinstance(value, OrderedDict) and hasattr(value, "_metadata"):  # of a module, has versions
-        state = OrderedDict((key, to_plain(v, f"{name}.{key}", copy)) for key, v in value.items())
-        state._metadata = value._metadata  # type: ignore[attr-defined]
-        return state
-    if isinstance(value, Mapping):
-        return {to_plain(key, name): to_plain(v, f"{name}.{key}", copy) for key, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(to_plain(v, f"{name}.{i}", copy) for i, v in enumerate(value))
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [to_plain(v, f"{name}.{i}", copy) for i, v in enumerate(value)]
-    if isinstance(value, np.ndarray):
-        return copy(torch.from_numpy(value.copy()))
-    for kind, convert in _CONVERSIONS.items():
+    for kind, (convert, _) in CONVERSIONS.items():
         if isinstance(value, kind):
             return to_plain(convert(value), name, copy)
+    if isinstance(value, Mapping):
+        plain = {to_plain(k, name): to_plain(v, f"{name}.{k}", copy) for k, v in value.items()}
+        if isinstance(value, OrderedDict) and hasattr(value, "_metadata"):
+            plain = OrderedDict(plain)
+            plain._metadata = value._metadata  # type: ignore[attr-defined]  # versions of modules
+        return plain
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        items = [to_plain(v, f"{name}.{i}", copy) for i, v in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
     found = type(value).__qualname__
     raise TypeError(f"{name} is a {found}: a checkpoint holds tensors and plain containers only")
 
 
-_CONVERSIONS: dict[type, Callable[[Any], Any]] = {
-    np.generic: lambda value: value.item(),
-    Enum: lambda value: value.name,
-    Path: str,
-    Namespace: vars,
+# Of other types: the plain form of a value, and the way back from this form to the type.
+CONVERSIONS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    np.ndarray: (lambda value: torch.from_numpy(value.copy()), lambda _, plain: np.asarray(plain)),
+    np.generic: (lambda value: value.item(), lambda kind, plain: kind(plain)),
+    Enum: (lambda value: value.name, lambda kind, plain: kind[plain]),
+    Path: (str, lambda kind, plain: kind(plain)),
+    Namespace: (vars, lambda kind, plain: kind(**plain)),
 }
 
 
@@ -114,13 +116,19 @@ def _load_optimizer(optim: Optimizer, state: Mapping[str, Any]) -> None:
     optim.load_state_dict({**state, "state": sharded})
 
 
+def _fit_module(module: nn.Module, state: Any, name: str) -> tuple[Any, Problems]:
+    return fit_tensors(module_state(module), state, name)
+
+
 def _fit_optimizer(optim: Optimizer, state: Any, name: str) -> tuple[Any, Problems]:
-    then, now = (
-        [len(group["params"]) for group in groups]
-        for groups in (state["param_groups"], optim.param_groups)
-    )
+    then = [len(group["params"]) for group in state["param_groups"]]
+    now = [len(group["params"]) for group in optim.param_groups]
     groups = f"{name}: groups of {then} parameters in the checkpoint, of {now} here"
     return state, [groups] if then != now else []
+
+
+def _is_trained(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _set_parameter(value: torch.Tensor, state: torch.Tensor) -> None:
@@ -143,44 +151,19 @@ def _typed(value: Any, state: Any) -> Any:
     """Return a plain state as the type of the value."""
     if value is None and isinstance(state, (dict, list)):
         raise TypeError("it is None here, but has a state: build it before restore")
-    if isinstance(state, torch.Tensor):
-        return (
-            state.numpy()
-            if isinstance(value, np.ndarray)
-            else state.to(getattr(value, "device", "cpu"))
-        )
-    if isinstance(value, Enum):
-        return type(value)[state]
-    if isinstance(value, Path):
-        return type(value)(state)
+    if isinstance(value, torch.Tensor) and isinstance(state, torch.Tensor):
+        return state.to(value.device)
+    for kind, (_, convert) in CONVERSIONS.items():
+        if isinstance(value, kind) and state is not None:
+            return convert(type(value), state)
     return type(value)(*state) if hasattr(value, "_fields") else state
 
 
 KINDS = [
-    Adapter(
-        lambda v: isinstance(v, nn.Module),
-        module_state,
-        load_module_state,
-        lambda v, state, name: fit_tensors(module_state(v), state, name),
-    ),
-    Adapter(
-        lambda v: isinstance(v, Optimizer),
-        lambda v: v.state_dict(),
-        _load_optimizer,
-        _fit_optimizer,
-    ),
-    Adapter(
-        lambda v: hasattr(v, "state_dict") and hasattr(v, "load_state_dict"),
-        lambda v: v.state_dict(),
-        lambda v, state: v.load_state_dict(state),
-        lambda v, state, name: v.fit_state(state, name) if hasattr(v, "fit_state") else (state, []),
-    ),
-    Adapter(
-        lambda v: isinstance(v, torch.Tensor) and v.requires_grad,
-        lambda v: v,
-        _set_parameter,
-        _fit_parameter,
-    ),
+    Adapter(lambda v: isinstance(v, nn.Module), module_state, load_module_state, _fit_module),
+    Adapter(lambda v: isinstance(v, Optimizer), set=_load_optimizer, fit=_fit_optimizer),
+    Adapter(lambda v: hasattr(v, "state_dict") and hasattr(v, "load_state_dict")),
+    Adapter(_is_trained, lambda v: v, _set_parameter, _fit_parameter),
     Adapter(lambda v: isinstance(v, (list, dict, deque)), lambda v: v.copy(), _refill),
     Adapter(lambda v: True, lambda v: v, _typed, replaces=True),
 ]
@@ -194,29 +177,16 @@ class AttributeWrapper:
 
     def __init__(self, owner: Any, name: str) -> None:
         self.name = name
-        self._owner = weakref.ref(owner)
+        self.owner = weakref.proxy(owner)
         self.value  # noqa: B018 (raises now rather than when it is saved)
-
-    @property
-    def owner(self) -> Any:
-        """The object."""
-        return self._owner()
 
     @property
     def value(self) -> Any:
         """The attribute; AttributeError names the missing part."""
         try:
-            parent, last = self._parent()
-            return getattr(parent, last)
+            return attrgetter(self.name)(self.owner)
         except AttributeError as error:
             raise AttributeError(f"can't register {self.name!r} as state: {error}") from None
-
-    def _parent(self) -> tuple[Any, str]:
-        *path, last = self.name.split(".")
-        parent = self.owner
-        for part in path:
-            parent = getattr(parent, part)
-        return parent, last
 
     @property
     def _adapter(self) -> Adapter:
@@ -231,7 +201,8 @@ class AttributeWrapper:
         adapter = self._adapter
         new = adapter.set(self.value, state)
         if adapter.replaces:
-            setattr(*self._parent(), new)
+            path, _, last = self.name.rpartition(".")
+            setattr(attrgetter(path)(self.owner) if path else self.owner, last, new)
 
     def fit_state(self, state: Any, name: str) -> tuple[Any, Problems]:
         """Return the fitting part of a state, and the problems with the rest."""
@@ -272,15 +243,6 @@ class StateManager:
             raise ValueError(f"{name!r} is registered as state already: once is enough")
         self.sources[name] = WriteOnlyWrapper(source) if write_only else source
 
-    def subset(self, names: Iterable[str]) -> StateManager:
-        """Return a manager of some of the sources; ValueError names an unknown name."""
-        part = StateManager()
-        for name in names:
-            if name not in self.sources:
-                raise ValueError(f"{name!r} is no registered state; {', '.join(self.sources)} are")
-            part.register(name, self.sources[name])
-        return part
-
     def state_dict(self) -> StateDict:
         """Return the states of all sources, as tensors and plain containers."""
         return {name: to_plain(source.state_dict(), name) for name, source in self.sources.items()}
@@ -311,16 +273,16 @@ class StateManager:
 
     def fitting(self, state: Mapping[str, Any]) -> tuple[StateDict, Problems]:
         """Return the fitting part of a state, and the problems with the rest."""
-        problems = [f"{n}: unexpected" for n in sorted(state.keys() - self.sources.keys())]
-        usable, differ = {n: state[n] for n in self.sources if n in state}, []
-        for name in usable:
-            if isinstance(source := self.sources[name], AttributeWrapper):
-                usable[name], found = source.fit_state(usable[name], name)
-                differ += found
+        usable: StateDict = {}
+        differ: Problems = []
+        for name in (name for name in self.sources if name in state):
+            usable[name], found = fit(self.sources[name], state[name], name)
+            differ += found
         for name in usable.keys() & self.values(Optimizer) if differ else ():
             differ.append(f"{name}: of other weights")
             del usable[name]
-        return usable, problems + sorted(differ)
+        unexpected = [f"{name}: unexpected" for name in state.keys() - self.sources.keys()]
+        return usable, sorted(unexpected + differ)
 
     def missing(self, state: Mapping[str, Any]) -> Problems:
         """Return the sources absent from a state."""
@@ -329,9 +291,8 @@ class StateManager:
 
     def holds(self, value: object) -> bool:
         """Return whether an object with a state of its own is registered."""
-        return hasattr(value, "load_state_dict") and any(
-            value is known for known in self.values(object).values()
-        )
+        registered = self.values(object).values()
+        return hasattr(value, "load_state_dict") and any(value is known for known in registered)
 
     def values(self, kind: type[T]) -> dict[str, T]:
         """Return the registered attributes of a type, by name."""

@@ -98,12 +98,10 @@ def make_grid(images: torch.Tensor, columns: int = 8, padding: int = 1) -> torch
         padding: pixels of zeros around each image.
     """
     columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    tiles = F.pad(images, (padding,) * 4)
-    tiles = torch.cat([tiles, tiles.new_zeros(rows * columns - len(tiles), *tiles.shape[1:])])
-    _, channels, height, width = tiles.shape
-    grid = tiles.view(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
-    return grid.reshape(channels, rows * height, columns * width)
+    missing = -len(images) % columns  # in the last row
+    tiles = F.pad(images, (padding, padding, padding, padding, 0, 0, 0, missing))
+    rows = [torch.cat([*row], dim=-1) for row in tiles.split(columns)]
+    return torch.cat(rows, dim=-2)
 
 
 class Accumulation:

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 from . import checkpoint
-from .checkpoint import older, read_about
 from .state import StateDict, StateManager
 from .utils import UserError
 
@@ -20,13 +19,12 @@ def read_version(path: Path, version: str) -> StateDict:
         checkpoint.wait_for_writes()
         if not path.exists():
             raise UserError(f"no checkpoint yet: {path}")
-        about = read_about(path)
+        about = checkpoint.read_about(path)
         is_latest = about["best"] == about["epoch"] and about["commit"]
-        if (file := path if is_latest else older(path).get(about["best"])) is None:
+        if (file := path if is_latest else checkpoint.older(path).get(about["best"])) is None:
             raise UserError(f"{path.parent} keeps no best checkpoint: set checkpoint.best")
         return checkpoint.read(file)
-    state = checkpoint.load(path, read_only=True)
-    if state is None:
+    if (state := checkpoint.load(path, read_only=True)) is None:
         raise UserError(f"no checkpoint yet: {path}")
     if version == "ema":
         averages = state.get("ema")
@@ -34,7 +32,8 @@ def read_version(path: Path, version: str) -> StateDict:
             raise UserError(f"{path} has no averaged weights: register an EMA as `ema`")
         if other := averages.keys() - state.keys():
             raise UserError(f"EMA: name its modules as they are registered, not {', '.join(other)}")
-        state |= {name: {**state[name], **averages[name]} for name in averages}
+        for name in averages:
+            state[name].update(averages[name])  # keeps the versions of the modules
     elif version != "latest":
         raise UserError(f"version {version!r}: there are latest, best and ema")
     return state
@@ -58,10 +57,9 @@ def load_part(
     stateful: StateManager, path: Path, names: Collection[str], version: str, strict: bool
 ) -> None:
     """Restore some states from a version of another run; see `BaseSolver.continue_from`."""
-    part = stateful.subset(names)
     try:
         state = read_version(path, version)
-        part.refuse(part.missing(state), strict=True)
-        part.load_state_dict({name: state[name] for name in names}, strict)
+        stateful.refuse([f"{name}: missing" for name in names if name not in state], strict=True)
+        stateful.load_state_dict({name: state[name] for name in names}, strict)
     except UserError as error:
         raise UserError(f"continue from {path}: {error}") from None

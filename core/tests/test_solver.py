@@ -205,6 +205,8 @@ def test_a_run_continues_from_another(tmp_path: Path, caplog: pytest.LogCaptureF
     assert new.optim.state_dict()["state"]
     with pytest.raises(UserError, match="nothing"):
         new.continue_from("nothing")
+    with pytest.raises(UserError, match="gone: missing"):
+        new.continue_from("old", ["model", "gone"])
     Solver(tmp_path / "xps" / "plain", epochs=1).run()
     new.continue_from("plain")
     for version in ("ema", "best", "worst"):
