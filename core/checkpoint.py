@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from . import distrib
-from .state import StateDict, to_plain
+from .plain import to_plain
+from .state import StateDict
 from .utils import UserError, flatten, write_and_rename
 
 logger = logging.getLogger(__name__)

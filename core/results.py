@@ -13,8 +13,8 @@ from . import distrib
 from .checkpoint import Policy
 from .log import LogProgressBar, bold, format_items
 from .metrics import Averages, Formatter, averager, number, to_floats
+from .plain import to_plain
 from .run import XP, get_xp, record_config, resume_command
-from .state import to_plain
 from .trackers import LocalFiles, Tracker, check_audio, check_image
 from .utils import UserError
 

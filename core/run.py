@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import distrib
-from .state import to_plain
+from .plain import to_plain
 from .utils import UserError, flatten, write_and_rename
 
 logger = logging.getLogger(__name__)

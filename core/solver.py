@@ -5,12 +5,12 @@ Subclass `BaseSolver`, register the state, write `run()`. Everything here may be
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +20,11 @@ from torch.optim import Optimizer
 from . import checkpoint, distrib, versions
 from .checkpoint import Cursor, Policy, Writer
 from .modules import lending, lent
+from .plain import to_plain
 from .results import Logs, ResultLogger
 from .rng import get_rng_state, position
 from .run import XP, FolderXP, check_config, get_xp, locked, read_history, write_history
-from .state import AttributeWrapper, StateDict, StateManager, to_plain
+from .state import AttributeWrapper, StateDict, StateManager
 from .steps import Epoch, Stage, Steps
 from .stop import Requests, Stopped
 from .utils import Accumulation, UserError
@@ -247,8 +248,7 @@ class BaseSolver(Logs):
     def __look(self, strict: bool, version: str) -> bool:
         """Restore a version to be inspected."""
         if exists := any(self.folder.glob("checkpoint*.th")):
-            state = versions.read_version(self.checkpoint_path, version)
-            self.__load({n: v for n, v in state.items() if n not in ("checkpoint", "rng")}, strict)
+            self.__load(versions.read_version(self.checkpoint_path, version), strict)
         self.result_logger.trackers.clear()
         self.__read_only = exists
         return exists
@@ -270,8 +270,7 @@ class BaseSolver(Logs):
             version: the `latest` commit, the `best`, or the latest with the weights of its `ema`.
             strict: refuse missing, unexpected or wrongly shaped entries; else warn and skip.
         """
-        path = versions.find(source, self.folder.parent)
-        versions.load_part(self.stateful, path, names, version, strict)
+        path = versions.load_part(self.stateful, source, self.folder.parent, names, version, strict)
         self.logger.info("Continue from %s of %s: %s", version, path, ", ".join(names))
 
     @contextmanager
@@ -392,8 +391,5 @@ class BaseSolver(Logs):
             options: `finite`, names of metrics that must not be NaN or infinite;
                 `beta`, forgetting factor of the averages; `total`, if the data has no length.
         """
-        stage = self._current_stage
-        bar = functools.partial(
-            self.log_progress, stage.name if stage else "steps", updates=updates
-        )
-        return Steps(data, stage, bar, self.result_logger.log_step, every, **options)
+        bar, log_step = partial(self.log_progress, updates=updates), self.result_logger.log_step
+        return Steps(data, self._current_stage, bar, log_step, every, **options)

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import logging
 import weakref
-from argparse import Namespace
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
-from enum import Enum
 from operator import attrgetter, methodcaller
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from .modules import fit_tensors, load_module_state, module_state, other_shape, shard_like
+from .plain import from_plain, to_plain
 from .utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,8 +28,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 StateDict = dict[str, Any]
 Problems = list[str]
-OnTensor = Callable[[torch.Tensor], torch.Tensor]
-PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 
 
 class StateDictSource(Protocol):
@@ -63,45 +59,6 @@ class Adapter:
     set: Callable[[Any, Any], Any] = lambda value, state: value.load_state_dict(state)
     fit: Callable[[Any, Any, str], tuple[Any, Problems]] = fit
     replaces: bool = False
-
-
-def to_plain(value: Any, name: str = "state", copy: OnTensor = lambda tensor: tensor) -> Any:
-    """Convert a state to tensors and plain containers; TypeError names a value of another type.
-
-    Args:
-        value: the state.
-        name: of the state in errors.
-        copy: applied to each tensor.
-    """
-    if isinstance(value, torch.Tensor):
-        # A tensor that is sharded across ranks (`fully_shard`) is gathered, on all of them.
-        return copy(value.full_tensor() if hasattr(value, "full_tensor") else value)
-    if type(value) in PLAIN:
-        return value
-    for kind, (convert, _) in CONVERSIONS.items():
-        if isinstance(value, kind):
-            return to_plain(convert(value), name, copy)
-    if isinstance(value, Mapping):
-        plain = {to_plain(k, name): to_plain(v, f"{name}.{k}", copy) for k, v in value.items()}
-        if isinstance(value, OrderedDict) and hasattr(value, "_metadata"):
-            plain = OrderedDict(plain)
-            plain._metadata = value._metadata  # type: ignore[attr-defined]  # versions of modules
-        return plain
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        items = [to_plain(v, f"{name}.{i}", copy) for i, v in enumerate(value)]
-        return tuple(items) if isinstance(value, tuple) else items
-    found = type(value).__qualname__
-    raise TypeError(f"{name} is a {found}: a checkpoint holds tensors and plain containers only")
-
-
-# Of other types: the plain form of a value, and the way back from this form to the type.
-CONVERSIONS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
-    np.ndarray: (lambda value: torch.from_numpy(value.copy()), lambda _, plain: np.asarray(plain)),
-    np.generic: (lambda value: value.item(), lambda kind, plain: kind(plain)),
-    Enum: (lambda value: value.name, lambda kind, plain: kind[plain]),
-    Path: (str, lambda kind, plain: kind(plain)),
-    Namespace: (vars, lambda kind, plain: kind(**plain)),
-}
 
 
 # ----------------------------------------------------------------------------------- other kinds
@@ -147,16 +104,22 @@ def _refill(value: Any, state: Any) -> None:
     (value.update if isinstance(value, dict) else value.extend)(kept)
 
 
-def _typed(value: Any, state: Any) -> Any:
-    """Return a plain state as the type of the value."""
-    if value is None and isinstance(state, (dict, list)):
-        raise TypeError("it is None here, but has a state: build it before restore")
-    if isinstance(value, torch.Tensor) and isinstance(state, torch.Tensor):
-        return state.to(value.device)
-    for kind, (_, convert) in CONVERSIONS.items():
-        if isinstance(value, kind) and state is not None:
-            return convert(type(value), state)
-    return type(value)(*state) if hasattr(value, "_fields") else state
+def _contents(value: Any) -> Any:
+    """Return a copy of a container; the type stays with the attribute, to be filled again."""
+    parts = value.values() if isinstance(value, dict) else value
+    if any(isinstance(part, nn.Parameter) for part in parts):
+        raise TypeError("a container of parameters: make it an nn.ParameterList or ParameterDict")
+    if type(value) in (list, dict, OrderedDict, Counter, deque):
+        return copy(value)
+    return dict(value) if isinstance(value, dict) else list(value)
+
+
+def _replace(value: Any, state: Any) -> Any:
+    """Return the state in place of a value, on the device of a tensor."""
+    if value is None and (owner := isinstance(state, OrderedDict) and vars(state).get("owner")):
+        raise TypeError(f"it is None here, with the state of a {owner}: build it before restore")
+    both = isinstance(value, torch.Tensor) and isinstance(state, torch.Tensor)
+    return state.to(value.device) if both else state
 
 
 KINDS = [
@@ -164,8 +127,8 @@ KINDS = [
     Adapter(lambda v: isinstance(v, Optimizer), set=_load_optimizer, fit=_fit_optimizer),
     Adapter(lambda v: hasattr(v, "state_dict") and hasattr(v, "load_state_dict")),
     Adapter(_is_trained, lambda v: v, _set_parameter, _fit_parameter),
-    Adapter(lambda v: isinstance(v, (list, dict, deque)), lambda v: v.copy(), _refill),
-    Adapter(lambda v: True, lambda v: v, _typed, replaces=True),
+    Adapter(lambda v: isinstance(v, (list, dict, deque)), _contents, _refill),
+    Adapter(lambda v: True, lambda v: v, _replace, replaces=True),
 ]
 
 
@@ -194,7 +157,12 @@ class AttributeWrapper:
 
     def state_dict(self) -> Any:
         """Return the state; of later changes, only tensors' show in the state."""
-        return self._adapter.get(self.value)
+        value = self.value
+        state = self._adapter.get(value)
+        if type(state) in (dict, OrderedDict) and not isinstance(value, dict):
+            about = getattr(state, "__dict__", {}) | {"owner": type(value).__name__}
+            vars(state := OrderedDict(state)).update(about)
+        return state
 
     def load_state_dict(self, state: Any) -> None:
         """Restore the attribute, in place where possible."""
@@ -245,7 +213,12 @@ class StateManager:
 
     def state_dict(self) -> StateDict:
         """Return the states of all sources, as tensors and plain containers."""
-        return {name: to_plain(source.state_dict(), name) for name, source in self.sources.items()}
+        return {
+            name: to_plain(
+                source.state_dict(), name, exact=not isinstance(source, WriteOnlyWrapper)
+            )
+            for name, source in self.sources.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Restore the sources whose states are given; the others stay as they are.
@@ -258,7 +231,7 @@ class StateManager:
         usable, problems = self.fitting(state)
         self.refuse(problems, strict)
         for name, value in usable.items():
-            self.sources[name].load_state_dict(value)
+            self.sources[name].load_state_dict(from_plain(value))
 
     @staticmethod
     def refuse(problems: Problems, strict: bool) -> None:

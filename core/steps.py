@@ -165,7 +165,7 @@ class Steps(Generic[T]):
     Args:
         data: a loader, or anything to iterate.
         stage: the running stage, if this is its loop; outside of a stage a pass just iterates.
-        bar: makes a progress bar of an iterator, as `log_progress` does.
+        bar: makes a progress bar from a name and an iterator, as `log_progress` does.
         log_step: records a point of the curves by step.
         every: number of steps between two points; 0 for none.
         beta: forgetting factor of the averages; 1 weighs all steps alike.
@@ -196,6 +196,7 @@ class Steps(Generic[T]):
         self.step = cursor.step if cursor else 0
         self.logged = 0  # number of the last step whose metrics were logged
         self._waits = False  # a save was asked for, and was not possible yet
+        self.name = stage.name if stage else "steps"
         self._data, self._stage, self._log_step, self._make_bar = data, stage, log_step, bar
         self._every, self._finite = every, tuple(finite)
         self._total = length(data) if total is None else total
@@ -208,9 +209,9 @@ class Steps(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         if self._bar is not None and self._stage is not None:
-            raise UserError(f"stage {self._stage.name} iterates twice: make it two stages")
+            raise UserError(f"stage {self.name} iterates twice: make it two stages")
         iterator = self._iterate()
-        self._bar = self._make_bar(iterator, total=self._total, done=self.step)
+        self._bar = self._make_bar(self.name, iterator, total=self._total, done=self.step)
         try:
             yield from self._bar
         finally:
@@ -244,10 +245,9 @@ class Steps(Generic[T]):
             if found and not {name, f"{name}.nonfinite"} & found.keys():
                 raise ValueError(f"finite={name}: no metric has this name; there are {[*found]}")
             if count := found.get(f"{name}.nonfinite"):
-                where = self._stage.name if self._stage else "steps"
                 raise UserError(
-                    f"{where}: {name} was NaN or infinite {count:.0f} times: lower the learning "
-                    "rate, or limit the gradient's norm"
+                    f"{self.name}: {name} was NaN or infinite {count:.0f} times: "
+                    "lower the learning rate, or limit the gradient's norm"
                 )
         return found
 

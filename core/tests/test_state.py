@@ -21,8 +21,9 @@ from torch import nn
 
 from ..ema import EMA
 from ..modules import fit_tensors
+from ..plain import to_plain
 from ..rng import get_rng_state, set_rng_state
-from ..state import AttributeWrapper, StateManager, WriteOnlyWrapper, to_plain
+from ..state import AttributeWrapper, StateManager, WriteOnlyWrapper
 from ..utils import UserError
 
 
@@ -83,8 +84,9 @@ def test_mistakes_are_named() -> None:
     states = manager(owner, "count")
     with pytest.raises(ValueError, match="'count' is registered"):
         states.register("count", AttributeWrapper(owner, "count"))
-    with pytest.raises(TypeError, match="None"):
-        AttributeWrapper(owner, "nothing").load_state_dict({"a": 1})
+    state = AttributeWrapper(owner, "optim").state_dict()
+    with pytest.raises(TypeError, match="None here, with the state of a Adam"):
+        AttributeWrapper(owner, "nothing").load_state_dict(state)
 
 
 def test_strict_names_all_differences_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:

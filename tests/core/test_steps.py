@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import itertools
 import math
@@ -378,11 +377,6 @@ def test_a_solver_that_has_trained_is_freed_at_once(tmp_path: Path) -> None:
         assert alive() is None
     finally:
         gc.enable()
-
-
-def test_a_solver_is_not_copied(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="copied"):
-        copy.deepcopy(solver_of(tmp_path))
 
 
 def test_a_second_signal_ends_the_run_at_once(

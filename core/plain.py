@@ -1,0 +1,178 @@
+"""Plain values: tensors and containers of Python, as a checkpoint holds, and the way back.
+
+`CONVERSIONS` lists the other kinds of values that come back from a checkpoint as they were, at any
+depth. To add a kind, add a line.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from operator import attrgetter
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .utils import UserError
+
+OnTensor = Callable[[torch.Tensor], torch.Tensor]
+
+# `torch.load(weights_only=True)` knows these types, and no other.
+VALUES = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+MAPPINGS = {dict, OrderedDict, Counter}
+SEQUENCES = {list, tuple}
+TENSORS = {torch.Tensor, nn.Parameter, nn.Buffer}
+NAMES = {k.__name__: k for k in (int, float, str, list, set, frozenset, *MAPPINGS)}
+
+
+def to_plain(
+    value: Any, name: str = "state", copy: OnTensor = lambda tensor: tensor, exact: bool = False
+) -> Any:
+    """Convert a value to tensors and plain containers; TypeError names a value of another type.
+
+    Args:
+        value: such as a state, metrics, or a config.
+        name: of the value in errors.
+        copy: applied to each tensor.
+        exact: mark the kinds in `CONVERSIONS`, so that `from_plain` gives them back, and refuse
+            other types; else convert similar types as well, as for people to read.
+    """
+
+    def plain(part: Any, key: Any) -> Any:
+        return to_plain(part, f"{name}.{key}", copy, exact)
+
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        # A tensor that is sharded across ranks (`fully_shard`) is gathered, on all of them.
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if type(value) in TENSORS or not exact:
+            return copy(value.resolve_conj().resolve_neg())
+    if kind in VALUES:
+        return value
+    if kind in SEQUENCES:
+        return kind(plain(part, index) for index, part in enumerate(value))
+    if kind in MAPPINGS and (not exact or all(type(key) in VALUES for key in value)):
+        new = kind({plain(key, "key"): plain(part, key) for key, part in value.items()})
+        if kind is OrderedDict:  # may have the versions of modules, or a mark
+            vars(new).update(vars(value))
+        return new
+    for label, conversion in CONVERSIONS.items():
+        if isinstance(value, conversion.kind):
+            try:
+                parts = conversion.get(value)
+            except TypeError:  # such as an array of texts
+                break
+            converted = to_plain(parts, name, copy, exact)
+            return _marked(label, value, converted, name) if exact else converted
+    raise TypeError(f"{name} is a {kind.__qualname__}: a checkpoint holds no such values")
+
+
+def from_plain(value: Any) -> Any:
+    """Return a value as it was before `to_plain(exact=True)`; UserError if its type is gone."""
+    kind = type(value)
+    if kind in SEQUENCES:
+        return kind(map(from_plain, value))
+    if kind not in MAPPINGS:
+        return value
+    new = kind({from_plain(key): from_plain(part) for key, part in value.items()})
+    if kind is OrderedDict:
+        vars(new).update(vars(value))
+        if (about := vars(value).get("mark")) is not None:
+            [(label, plain)] = new.items()
+            try:
+                return CONVERSIONS[label].set(about, plain)
+            except Exception as error:
+                raise UserError(f"the checkpoint has a {label} {about}, now unknown") from error
+    return new
+
+
+def _marked(label: str, value: Any, converted: Any, name: str) -> Any:
+    """Mark a converted value; TypeError if the way back does not lead to its type."""
+    marked: Any = OrderedDict({label: converted})
+    marked.mark = CONVERSIONS[label].about(value)
+    with suppress(UserError):
+        if type(from_plain(marked)) is type(value):
+            return marked
+    raise TypeError(f"{name} is a {type(value).__qualname__}: a checkpoint can't give it back")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A kind of value, and its plain form.
+
+    Args:
+        kind: of the value.
+        get: return the plain form, whose parts may be of any kind.
+        set: return the value, from `about` and the plain form.
+        about: return what else `set` needs.
+    """
+
+    kind: type | tuple[type, ...]
+    get: Callable[[Any], Any]
+    set: Callable[[str, Any], Any]
+    about: Callable[[Any], str] = lambda value: ""
+
+
+def _name(value: Any) -> str:
+    return type(value).__name__
+
+
+def _address(value: Any) -> str:
+    return f"{type(value).__module__}:{type(value).__qualname__}"
+
+
+def _imported(address: str) -> Any:
+    """Return an Enum or a named tuple; nothing is imported, for a file may name anything."""
+    module, _, name = address.partition(":")
+    found = attrgetter(name)(sys.modules.get(module))
+    return found if issubclass(found, (Enum, tuple)) else None
+
+
+def _deque(most: str, items: list[Any]) -> deque[Any]:
+    return deque(items, int(most) if most else None)
+
+
+def _item(value: Any) -> Any:
+    if isinstance(item := value.item(), np.generic):  # such as a long double
+        raise TypeError("Python has no such number")
+    return item
+
+
+def _number(dtype: str, number: Any) -> Any:
+    return np.dtype(dtype).type(number)
+
+
+def _factory(value: defaultdict[Any, Any]) -> str:
+    return getattr(value.default_factory, "__name__", "")
+
+
+def _defaultdict(factory: str, items: dict[Any, Any]) -> defaultdict[Any, Any]:
+    return defaultdict(NAMES[factory], items)
+
+
+CONVERSIONS = {
+    "array": Conversion(np.ndarray, lambda v: torch.from_numpy(v.copy()), lambda _, t: t.numpy()),
+    "number": Conversion(np.generic, _item, _number, lambda v: v.dtype.str),
+    "enum": Conversion(Enum, lambda v: v.name, lambda kind, v: _imported(kind)[v], _address),
+    "tuple": Conversion(tuple, tuple, lambda kind, v: _imported(kind)._make(v), _address),
+    "path": Conversion(PurePath, str, lambda _, v: Path(v)),
+    "namespace": Conversion(Namespace, vars, lambda _, v: Namespace(**v)),
+    "set": Conversion((set, frozenset), list, lambda kind, v: NAMES[kind](v), _name),
+    "deque": Conversion(deque, list, _deque, lambda v: "" if v.maxlen is None else str(v.maxlen)),
+    "defaultdict": Conversion(
+        defaultdict, dict, _defaultdict, lambda v: getattr(v.default_factory, "__name__", "")
+    ),
+    "dict": Conversion(dict, lambda v: [*v.items()], lambda kind, v: NAMES[kind](dict(v)), _name),
+    # Of subclasses, as in a config: only to be read.
+    "text": Conversion(str, str, lambda _, v: v),
+    "mapping": Conversion(Mapping, lambda v: dict(v.items()), lambda _, v: v),
+    "sequence": Conversion(Sequence, list, lambda _, v: v),
+}
