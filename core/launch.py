@@ -42,17 +42,24 @@ def _running() -> Any:
     return get_xp() if is_xp() else None
 
 
-def _meeting_file() -> Path | None:
-    """Return the file where Dora's processes on a machine meet.
+def _meeting_point() -> str:
+    """Return where Dora's processes on a machine meet: at a file; others at an address.
 
     Dora removes the file of an earlier start, and unlike ports no two runs share it.
     """
-    xp = _running()
-    return Path(xp.rendezvous_file).absolute() if xp is not None else None
+    return f"file://{Path(xp.rendezvous_file).absolute()}" if (xp := _running()) else "env://"
 
 
 finders.append(_running)
-this_process.meeting_file = _meeting_file
+this_process.meeting_point = _meeting_point
+
+# A process of a job on Slurm: ranks and address go to the environment, as torchrun leaves them.
+if "SUBMITIT_EXECUTOR" in os.environ and "WORLD_SIZE" not in os.environ:
+    from submitit.helpers import TorchDistributedEnvironment
+
+    job = TorchDistributedEnvironment()
+    job.master_addr = os.environ.get("MASTER_ADDR", job.master_addr)
+    job.export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def hydra_main(

@@ -4,36 +4,23 @@ Every function here also works, as a no-op, in a single process. Collectives mus
 called by all ranks, in the same order; ranks that disagree are named within seconds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
-from .board import check_same_call, post, read, report_failure
+from .board import barrier, check_same_call, post, read, report_failure, this_process
 from .collectives import (
     all_reduce,
     average_metrics,
     average_tensors,
-    barrier,
     broadcast_model,
     broadcast_object,
     broadcast_tensors,
     gather_objects,
     raised_everywhere,
-    rank_zero_only,
 )
 from .gradients import eager_sync_gradients, eager_sync_model, sync_gradients, sync_model, wrap
-from .group import (
-    GRACE,
-    device,
-    init,
-    is_distributed,
-    is_rank_zero,
-    leave,
-    rank,
-    this_process,
-    world_size,
-)
+from .group import GRACE, init, leave
+from .ranks import device, is_distributed, is_rank_zero, rank, rank_zero_only, world_size
 
 # fmt: off
 __all__ = [

@@ -7,37 +7,54 @@ less than SECONDS, nothing is posted or paid for.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
-from .group import is_distributed, is_initialized, rank, this_process, world_size
+from .ranks import is_distributed, rank, world_size
 
 SECONDS = 2.0  # in one collective, after which a rank tells the others where it is
 
-_numbers = itertools.count(1)  # of the collectives that this rank waits for
+
+class ThisProcess:
+    """Knowledge of this process about its group.
+
+    Args:
+        broken: a collective failed, and may never end.
+        meeting_point: returns the address of the group, for torch; `launch.py` knows Dora's.
+    """
+
+    broken: bool = False
+    meeting_point: Callable[[], str] = staticmethod(lambda: "env://")
+
+
+this_process = ThisProcess()
 
 
 def post(key: str, note: str) -> None:
     """Write a note, for all ranks to read; nothing in a single process."""
-    if this_process.store is not None:
-        with suppress(RuntimeError):  # rank zero may keep the store, and be gone
-            this_process.store.set(key, note)
+    with suppress(RuntimeError, ValueError):  # no group, or rank zero kept the store and is gone
+        _get_default_store().set(key, note)
 
 
 def read(key: str) -> str:
     """Return a note; empty if there is none."""
-    with suppress(RuntimeError):
-        if this_process.store is not None and this_process.store.check([key]):
-            return str(this_process.store.get(key).decode())
+    with suppress(RuntimeError, ValueError):
+        if (store := _get_default_store()).check([key]):
+            return str(store.get(key).decode())
     return ""
+
+
+def notes(kind: str) -> dict[int, str]:
+    """Return the notes of a kind by rank, but for empty ones."""
+    return {other: note for other in range(world_size()) if (note := read(f"{kind} {other}"))}
 
 
 def report_failure(error: BaseException) -> None:
@@ -45,92 +62,83 @@ def report_failure(error: BaseException) -> None:
     post(f"failed {rank()}", f"{type(error).__name__}: {error}")
 
 
-def failures() -> dict[int, str]:
-    """Return the posted errors, by rank."""
-    notes = {other: read(f"failed {other}") for other in range(world_size())}
-    return {other: note for other, note in notes.items() if note}
-
-
-def check_same_call(what: str, items: Sequence[str] = ()) -> None:
+def check_same_call(what: str, items: Iterable[str] = ()) -> bool:
     """Check that all ranks are about to do the same, else raise.
 
     Args:
         what: the operation, in words.
         items: descriptions of its arguments.
 
+    Returns:
+        Whether there are other ranks.
+
     Raises:
         RuntimeError: on all ranks, within seconds; names the ranks and the first difference.
     """
     if not is_distributed():
-        return
-    if not is_initialized():
+        return False
+    if not dist.is_initialized():
         raise RuntimeError(f"{what}: call distrib.init() first, at the start of each process")
-    mine = torch.tensor([zlib.crc32("\n".join([what, *items]).encode())])
+    call = "\n".join([what, *items])
+    mine = torch.tensor([zlib.crc32(call.encode())])
     everyone = [torch.empty_like(mine) for _ in range(world_size())]
-    number = wait(dist.all_gather(everyone, mine, async_op=True), what)
+    wait(dist.all_gather(everyone, mine, async_op=True), mine, what)
     if any(other != mine for other in everyone):
-        _post_status(number, what, items)
-        raise RuntimeError(_differences(what, items))
+        raise RuntimeError(_differences(call))
+    return True
 
 
-def wait(work: Any, what: str) -> int:
-    """Wait for an asynchronous collective between CPUs; return its number on this rank.
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    check_same_call("barrier")
+
+
+def wait(work: Any, tensor: torch.Tensor, what: str) -> None:
+    """Wait for an asynchronous collective: an accelerator does by itself, a CPU here.
 
     Raises:
         RuntimeError: within seconds if another rank is gone, or waits in another collective.
     """
-    number, conflicts = next(_numbers), 0
-    posted = failed = False
+    if not tensor.is_cpu:
+        work.wait()
+        return
+    before: bool | None = None  # whether others were elsewhere when last looked for
     while True:
+        ended = work.is_completed()
         try:
             work.wait(timedelta(seconds=SECONDS))
             break
         except RuntimeError as error:
-            if work.is_completed() and not failed:
-                failed = True  # unless it ended well just now, after the time: wait again
-                continue
-            _post_status(number, what)
-            posted = True
-            # Twice, for what another rank has posted may be out of date just now.
-            elsewhere = any(there[:2] != (number, what) for there in _statuses().values())
-            conflicts = conflicts + 1 if elsewhere else 0
-            if failed or conflicts == 2 or this_process.store is None:
+            post(f"status {rank()}", what)
+            elsewhere = any(call.split("\n")[0] != what for call in notes("status").values())
+            # Twice, for what another rank has posted may be out of date just now. And this
+            # collective may have ended well just now, after the time: wait again.
+            if ended or (elsewhere and before):
                 this_process.broken = True
                 raise RuntimeError(_differences(what)) from error
-    if posted:
-        _post_status(number, "")
-    return number
+            before = elsewhere
+    if before is not None:
+        post(f"status {rank()}", "")
 
 
-def _post_status(number: int, what: str, items: Sequence[str] = ()) -> None:
-    """Post the collective of this rank; an empty name once it is done."""
-    post(f"status {rank()}", json.dumps([number, what, list(items)]))
-
-
-def _statuses() -> dict[int, tuple[int, str, list[str]]]:
-    """Return, by rank, the number, name and items of the collective where the rank waits."""
-    notes = {other: read(f"status {other}") for other in range(world_size())}
-    statuses = {other: tuple(json.loads(note)) for other, note in notes.items() if note}
-    return {other: status for other, status in statuses.items() if status[1]}
-
-
-def _differences(what: str, items: Sequence[str] = ()) -> str:
-    """Say where each rank is, once all have posted or had the time to."""
+def _differences(call: str) -> str:
+    """Say where each rank is, once all have posted their call or had the time to."""
+    post(f"status {rank()}", call)
     deadline = time.monotonic() + 1.5 * SECONDS
-    while len(statuses := _statuses()) < world_size() and time.monotonic() < deadline:
-        if failed := failures():
+    while len(calls := notes("status")) < world_size() and time.monotonic() < deadline:
+        if failed := notes("failed"):
             return "; ".join(f"rank {other} failed: {error}" for other, error in failed.items())
         time.sleep(0.05)
-    parts = [f"rank {rank()} is in {what}"]
-    for other in range(world_size()):
-        _, there, theirs = statuses.get(other, (0, "", []))
-        if not there and other != rank():
-            parts.append(f"no word from rank {other}, which has ended or hangs")
-        elif there != what:
-            parts.append(f"rank {other} in {there}")
-        for ours, their in itertools.zip_longest(items, theirs, fillvalue="none"):
-            if there == what and ours != their:
-                parts[0] += f" with {ours}"
-                parts.append(f"rank {other} with {their}")
-                break
+    ours = call.split("\n")
+    parts = [f"rank {rank()} is in {ours[0]}"]
+    for other, theirs in calls.items():
+        pairs = itertools.zip_longest(ours, theirs.split("\n"), fillvalue="none")
+        mine, its = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
+        if mine == ours[0]:
+            parts.append(f"rank {other} in {its}")
+        elif mine:
+            parts[0] += f" with {mine}"
+            parts.append(f"rank {other} with {its}")
+    silent = {*range(world_size())} - {rank(), *calls}
+    parts += [f"no word from rank {other}, which has ended or hangs" for other in silent]
     return f"ranks disagree: {'; '.join(parts)}. All ranks must call the same collectives"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,13 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .board import check_same_call
-from .collectives import average_tensors, broadcast_tensors, describe, finish, grouped
-from .group import is_distributed, world_size
-
-# Copying into a bucket has a cost as well, so large tensors travel alone, as they are. See
-# `bench/sync.py`.
-ALONE_BYTES = 4 * 2**20
+from .board import check_same_call, wait
+from .collectives import average_tensors, broadcast_tensors, describe, flatten, grouped, put_back
+from .ranks import is_distributed, world_size
 
 
 def sync_gradients(params: Iterable[nn.Parameter], owner: nn.Module | None = None) -> None:
@@ -43,14 +38,25 @@ def eager_sync_gradients(
 
     To accumulate gradients, wrap the backward pass of the last micro-batch only.
     """
-    if not is_distributed():
-        yield
-        return
-    buckets = _buckets(params, owner)
+    buckets = _buckets(params, owner) if is_distributed() else []
     # The last bucket fills when the backward pass ends: no hooks. Most models have no other.
-    with _sent_when_full(buckets[:-1]):
+    waiting = buckets[:-1]
+    bucket_of: dict[torch.Tensor, _Bucket] = {p: b for b in waiting for p in b.params}
+
+    def arrive(param: torch.Tensor) -> None:
+        if bucket_of[param].work is not None:
+            raise RuntimeError("a second backward pass in eager_sync_gradients: wrap the last only")
+        bucket_of[param].missing.discard(param)
+        # All ranks must send in the same order, so a full bucket waits for those before.
+        while waiting and not waiting[0].missing:
+            waiting.pop(0).send()
+
+    with ExitStack() as hooks:
+        for param in bucket_of:
+            hooks.enter_context(param.register_post_accumulate_grad_hook(arrive))
         yield  # on an exception no rank is waited for
-    _average(buckets)
+    if buckets:
+        _average(buckets)
 
 
 def sync_model(model: nn.Module, sync_buffers: bool = True, average_buffers: bool = True) -> None:
@@ -62,8 +68,7 @@ def sync_model(model: nn.Module, sync_buffers: bool = True, average_buffers: boo
             Integer buffers (such as counters) are always copied.
     """
     sync_gradients(model.parameters(), model)
-    if sync_buffers:
-        _sync_buffers(model, average_buffers)
+    _sync_buffers(model, sync_buffers, average_buffers)
 
 
 @contextmanager
@@ -73,13 +78,12 @@ def eager_sync_model(
     """Synchronise a model like `sync_model`, but during the backward pass in the body."""
     with eager_sync_gradients(model.parameters(), model):
         yield
-    if sync_buffers:
-        _sync_buffers(model, average_buffers)
+    _sync_buffers(model, sync_buffers, average_buffers)
 
 
-def _sync_buffers(model: nn.Module, average: bool) -> None:
+def _sync_buffers(model: nn.Module, sync: bool, average: bool) -> None:
     """Average floating point buffers, if so asked, and copy all others from rank zero."""
-    buffers = list(model.buffers())
+    buffers = list(model.buffers()) if sync else []
     copied = [b for b in buffers if not average or not (b.is_floating_point() or b.is_complex())]
     if len(copied) < len(buffers):
         average_tensors(buffers)  # leaves integers alone
@@ -88,7 +92,7 @@ def _sync_buffers(model: nn.Module, average: bool) -> None:
 
 
 class _Bucket:
-    """Gradients that travel together in a step: small ones in a flat copy, a large one alone.
+    """Gradients that travel together in a step.
 
     Each step makes new buckets, as messages of a failed step may still arrive.
 
@@ -101,32 +105,23 @@ class _Bucket:
         self.missing: set[torch.Tensor] = set(params)
         self.work: Any = None
 
-    @torch.no_grad()
     def send(self) -> None:
         """Start to average the gradients, once all are there."""
         for param, name in self.params.items():
             if param.grad is not None and param.grad.is_sparse:
-                raise RuntimeError(
-                    f"sync_gradients: parameter {name} has a sparse gradient, which can't "
-                    "be averaged; build its embedding with sparse=False"
-                )
-        # Views of the gradients, if contiguous; else copies.
-        self.parts = [p.grad.flatten() for p in self.params if p.grad is not None]
-        self.flat = torch.cat(self.parts) if len(self.parts) > 1 else self.parts[0]
+                raise RuntimeError(f"{name} has a sparse gradient: build it with sparse=False")
         # Divided before the sum, which might overflow in half precision.
-        self.flat.div_(world_size())
+        self.flat = flatten(self.gradients()).div_(world_size())
         self.work = dist.all_reduce(self.flat, async_op=True)
 
-    @torch.no_grad()
     def receive(self, call: str) -> None:
         """Wait for the averages, and put all in place; `call` names the wait in errors."""
-        finish(self.work, self.flat, call)
-        if len(self.parts) > 1:
-            torch._foreach_copy_(self.parts, self.flat.split([p.numel() for p in self.parts]))
-        for param, part in zip(self.params, self.parts, strict=True):
-            # Where the part was a copy, or the gradient was replaced since.
-            if (grad := param.grad) is not None and grad.data_ptr() != part.data_ptr():
-                grad.copy_(part.view_as(grad))
+        wait(self.work, self.flat, call)
+        put_back(self.flat, self.gradients())
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return the present gradients; some may have been replaced since `send`."""
+        return [p.grad for p in self.params if p.grad is not None]
 
 
 # Groups of parameters, by the first of all. Weak references, so that no model is kept alive.
@@ -144,36 +139,12 @@ def _buckets(params: Iterable[nn.Parameter], owner: nn.Module | None) -> list[_B
     if groups is None or {ref() for group in groups for ref in group} != set(trained):
         names = {p: n for n, p in owner.named_parameters()} if owner is not None else {}
         described = {p: f"{names.get(p, i)}: {describe(p)}" for i, p in enumerate(trained)}
-        check_same_call("sync_gradients for the first time", [*described.values()])
-        backward = grouped(reversed(trained), ALONE_BYTES)
+        check_same_call("sync_gradients for the first time", described.values())
+        backward = grouped(reversed(trained))
         groups = [{weakref.ref(p): described[p] for p in group} for group in backward]
         if trained:
             _groups[trained[0]] = groups
     return [_Bucket({ref(): name for ref, name in group.items()}) for group in groups]
-
-
-@contextmanager
-def _sent_when_full(buckets: list[_Bucket]) -> Iterator[None]:
-    """Send each bucket when the backward pass in the body has filled the bucket."""
-    bucket_of: dict[torch.Tensor, _Bucket] = {p: b for b in buckets for p in b.params}
-    waiting = deque(buckets)
-
-    def arrive(param: torch.Tensor) -> None:
-        bucket = bucket_of[param]
-        if bucket.work is not None:
-            raise RuntimeError(
-                "a second backward pass inside eager_sync_gradients: "
-                "wrap the last one only, gradients of earlier ones add up by themselves"
-            )
-        bucket.missing.discard(param)
-        # All ranks must send in the same order, so a full bucket waits for those before.
-        while waiting and not waiting[0].missing:
-            waiting.popleft().send()
-
-    with ExitStack() as hooks:
-        for param in bucket_of:
-            hooks.enter_context(param.register_post_accumulate_grad_hook(arrive))
-        yield
 
 
 def _average(buckets: list[_Bucket]) -> None:
@@ -184,9 +155,8 @@ def _average(buckets: list[_Bucket]) -> None:
     unused = [i for i, p in enumerate(params) if p.grad is None]
     for i in unused:
         params[i].grad = torch.zeros_like(params[i])
-    for bucket in buckets:
-        if bucket.work is None:
-            bucket.send()
+    for bucket in [b for b in buckets if b.work is None]:
+        bucket.send()
     flags = dist.all_reduce(used, dist.ReduceOp.MAX, async_op=True)
     for bucket in buckets:
         bucket.receive(f"sync_gradients of {len(params)} parameters")
@@ -198,8 +168,4 @@ def _average(buckets: list[_Bucket]) -> None:
 
 def wrap(model: nn.Module) -> nn.Module:
     """Wrap a model in DistributedDataParallel; return the bare model in a single process."""
-    if not is_distributed():
-        return model
-    device = next(model.parameters()).device
-    ids = None if device.type == "cpu" else [device]
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    return nn.parallel.DistributedDataParallel(model) if is_distributed() else model

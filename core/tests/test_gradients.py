@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .. import data, distrib
-from ..distrib import gradients
+from ..distrib import collectives
 from ..utils import averager
 from .processes import on_ranks
 
@@ -197,7 +197,7 @@ def _misuse() -> list[Any]:
         p.sum().backward()
         (distrib.rank() * p).sum().backward()
     said.append(p.grad.tolist() if p.grad is not None else None)
-    big = [nn.Parameter(torch.ones(gradients.ALONE_BYTES // 4)) for _ in range(2)]
+    big = [nn.Parameter(torch.ones(collectives.ALONE_BYTES // 4)) for _ in range(2)]
     try:
         with distrib.eager_sync_gradients(big):
             sum(p.sum() for p in big).backward()  # type: ignore[union-attr]

@@ -1,0 +1,66 @@
+"""Ranks: which process this is, of how many, and its device."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..utils import UserError
+
+T = TypeVar("T")
+
+
+def launched(name: str, alone: int) -> int:
+    """Return a number from the environment, left by the launcher; `alone` without launcher."""
+    return int(os.environ.get(name, alone)) if "WORLD_SIZE" in os.environ else alone
+
+
+def is_distributed() -> bool:
+    """Return whether the run has several processes."""
+    return world_size() > 1
+
+
+def rank() -> int:
+    """Return the index of this process; right also before `init`."""
+    return dist.get_rank() if dist.is_initialized() else launched("RANK", 0)
+
+
+def world_size() -> int:
+    """Return the number of processes; right also before `init`."""
+    return dist.get_world_size() if dist.is_initialized() else launched("WORLD_SIZE", 1)
+
+
+def is_rank_zero() -> bool:
+    """Return whether this process writes files and speaks to the user."""
+    return rank() == 0
+
+
+def rank_zero_only(function: Callable[..., T]) -> Callable[..., T | None]:
+    """Decorate a function to run on rank zero alone, and return None elsewhere."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> T | None:
+        return function(*args, **kwargs) if is_rank_zero() else None
+
+    return wrapped
+
+
+def device(name: str = "auto") -> torch.device:
+    """Return this process's device.
+
+    Args:
+        name: `auto` (the accelerator, if any), or a device such as `cuda` or `cpu`.
+    """
+    found = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if name == "auto":
+        name = "cpu" if found == "mps" and is_distributed() else found  # no collectives there
+    if name.partition(":")[0] not in ("cpu", found):
+        raise UserError(f"device={name}: not available here; use device=cpu or auto")
+    if name.startswith("cpu") or ":" in name:
+        return torch.device(name)
+    return torch.device(found, launched("LOCAL_RANK", rank()) % torch.accelerator.device_count())
