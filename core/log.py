@@ -6,15 +6,17 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 from . import distrib
-from .metrics import Formatter
+from .metrics import Formatter, Metrics
 from .run import get_xp
 from .utils import UserError, length
 
@@ -52,71 +54,57 @@ def setup_logging(
         log_name: of the file; `{rank}` stands for the rank.
         level: of the records to keep.
     """
-    root = logging.getLogger()
+    root, in_terminal = logging.getLogger(), sys.stderr.isatty()
     root.setLevel(level)
-    usual = logging.StreamHandler, logging.FileHandler, _Terminal
-    for handler in [h for h in root.handlers if type(h) in usual]:
-        root.removeHandler(handler)
-        handler.close()
-    stderr = _Terminal() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
-    stderr.setFormatter(_LineFormatter(colours=sys.stderr.isatty()))
-    stderr.addFilter(lambda record: not hasattr(record, "file_only"))
+    for handler in [*root.handlers]:
+        if type(handler) in (logging.StreamHandler, logging.FileHandler):
+            root.removeHandler(handler)
+            handler.close()
+    # In a terminal, lines go above a live bar.
+    stderr = logging.StreamHandler(DummyTqdmFile(sys.stderr) if in_terminal else sys.stderr)
+    stderr.setFormatter(_Coloured() if in_terminal else _Plain())
+    stderr.addFilter(lambda record: not getattr(record, "file_only", False))
     stderr.setLevel(root.level if distrib.is_rank_zero() else max(root.level, logging.WARNING))
     root.addHandler(stderr)
     if with_file_log:
         folder = Path(folder) if folder is not None else get_xp().folder
         folder.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(folder / log_name.format(rank=distrib.rank()))
-        file.setFormatter(_LineFormatter(colours=False))
+        file.setFormatter(_Plain())
         root.addHandler(file)
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
 
 
-def _log_uncaught(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    if issubclass(kind, KeyboardInterrupt):
+def _log_uncaught(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    if isinstance(error, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
-    log, extra = logging.getLogger(__name__), {}
-    if isinstance(error, UserError):
+    log, is_slip = logging.getLogger(__name__), isinstance(error, UserError)
+    if is_slip:
         log.critical("%s", error)
-        extra["file_only"] = True
-    log.critical("The run failed", exc_info=(kind, error, trace), extra=extra)
+    log.critical("The run failed", exc_info=error, extra={"file_only": is_slip})
     distrib.report_failure(error)
 
 
-class _Terminal(logging.Handler):
-    """A handler of lines above a live bar; the bar replaces progress lines."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not hasattr(record, "progress"):
-            tqdm.write(self.format(record), file=sys.stderr)
-
-
-class _LineFormatter(logging.Formatter):
-    def __init__(self, colours: bool) -> None:
-        super().__init__(
-            f"[{colorize('%(asctime)s', '36')}][{colorize('%(name)s', '34')}]"
-            "[%(levelname)s] - %(message)s",
-            "%m-%d %H:%M:%S",
-        )
-        self.colours = colours
-
+class _Coloured(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
-        if not self.colours:
-            return _CODES.sub("", line)
-        level = record.levelname
-        return line.replace(f"[{level}]", f"[{colorize(level, _COLOURS.get(level, '32'))}]", 1)
+        when = colorize(self.formatTime(record, "%m-%d %H:%M:%S"), "36")
+        level = colorize(record.levelname, _COLOURS.get(record.levelname, "32"))
+        return f"[{when}][{colorize(record.name, '34')}][{level}] - {super().format(record)}"
 
 
-def format_items(metrics: Mapping[str, Any], formatter: Formatter, delimiter: str) -> list[str]:
+class _Plain(_Coloured):
+    def format(self, record: logging.LogRecord) -> str:
+        return _CODES.sub("", super().format(record))
+
+
+def format_items(metrics: Metrics, formatter: Formatter | None, delimiter: str) -> list[str]:
     """Return the metrics as `name value`, formatted."""
-    return [f"{name}{delimiter}{value}" for name, value in formatter(metrics).items()]
+    return [f"{n}{delimiter}{v}" for n, v in (formatter or Formatter())(metrics).items()]
 
 
+@dataclass(eq=False, repr=False)
 class LogProgressBar(Generic[T]):
     """An iterator with a log line now and then: position, speed, time left, metrics.
 
@@ -141,80 +129,64 @@ class LogProgressBar(Generic[T]):
         on_log: called with each line.
     """
 
-    def __init__(
-        self,
-        logger: logging.Logger,
-        iterable: Iterable[T],
-        updates: int = 5,
-        min_interval: int = 1,
-        time_per_it: bool = False,
-        total: int | None = None,
-        name: str = "LogProgressBar",
-        level: int = logging.INFO,
-        delimiter: str = "|",
-        items_delimiter: str = " ",
-        formatter: Formatter | None = None,
-        done: int = 0,
-        on_log: Callable[[], None] | None = None,
-    ) -> None:
-        self._logger, self._level, self._name = logger, level, name
-        self._iterable, self._done, self._on_log = iterable, done, on_log
-        self._total = length(iterable) if total is None else total
-        self._silent, self._time_per_it = updates <= 0, time_per_it
-        self._every = max(1, min_interval, -(-(self._total or 0) // max(1, updates)))
-        self._seconds = 0.0 if self._total is not None else 10.0
-        self._delimiter, self._items_delimiter = f" {delimiter} ", items_delimiter
-        self._formatter = formatter or Formatter()
-        self._metrics: Mapping[str, Any] = {}
+    logger: logging.Logger
+    iterable: Iterable[T]
+    updates: int = 5
+    min_interval: int = 1
+    time_per_it: bool = False
+    total: int | None = None
+    name: str = "LogProgressBar"
+    level: int = logging.INFO
+    delimiter: str = "|"
+    items_delimiter: str = " "
+    formatter: Formatter | None = None
+    done: int = 0
+    on_log: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.total = length(self.iterable) if self.total is None else self.total
+        self._every = max(1, self.min_interval, -(-(self.total or 0) // max(1, self.updates)))
+        self._metrics: Metrics = {}
         self._will_log = False
 
     def __len__(self) -> int:
-        if self._total is None:
+        if self.total is None:
             raise TypeError("the iterable has no length: give the progress bar total=")
-        return self._total
+        return self.total
 
     def __iter__(self) -> Iterator[T]:
-        done, logged, waited = self._done, self._done, 0.0
-        self._metrics = {}
+        done, logged, waited = self.done, self.done, 0.0
         live = self._live_bar()
         asked = last = time.perf_counter()
         try:
-            for item in self._iterable:
+            for item in self.iterable:
                 given = time.perf_counter()
                 waited += given - asked
                 done += 1
-                due = done % self._every == 0 and given - last >= self._seconds
-                self._will_log = (due or done == self._total) and not self._silent
+                due = done % self._every == 0 and (self.total is not None or given - last >= 10)
+                self._will_log = (due or done == self.total) and self.updates > 0
                 yield item
                 if self._will_log:
-                    now = time.perf_counter()
-                    self._log(done, done - logged, now - last, waited)
-                    last, logged, waited = now, done, 0.0
+                    last = self._log(done, done - logged, last, waited)
+                    logged, waited = done, 0.0
                 if live is not None and live.update():  # now and then it shows itself
-                    live.set_postfix_str(self._delimiter.join(self._items()), refresh=False)
+                    live.set_postfix_str(self._line(), refresh=False)
                 asked = time.perf_counter()
         finally:
             if live is not None:
                 live.close()
-            if done > logged and not self._silent:
-                self._log(done, done - logged, time.perf_counter() - last, waited)
-            self._will_log = False
+            if done > logged and self.updates > 0:
+                self._log(done, done - logged, last, waited)
 
     def _live_bar(self) -> Any:
         """Return a bar if stderr is a terminal; else None."""
-        if self._silent or not (sys.stderr.isatty() and distrib.is_rank_zero()):
+        shown = self.updates > 0 and self.logger.isEnabledFor(self.level)
+        if not (shown and sys.stderr.isatty() and distrib.is_rank_zero()):
             return None
-        return tqdm(
-            desc=self._name,
-            total=self._total,
-            initial=self._done,
-            disable=not self._logger.isEnabledFor(self._level),
-            leave=False,
-            dynamic_ncols=True,
-            mininterval=0.5,
-        )
+        options = {"leave": False, "dynamic_ncols": True, "mininterval": 0.5}
+        return tqdm(desc=self.name, total=self.total, initial=self.done, **options)
 
-    def update(self, metrics: Mapping[str, Any] | None = None, /, **more: Any) -> bool:
+    def update(self, metrics: Metrics | None = None, /, **more: Any) -> bool:
         """Set the metrics to show; return whether a line will follow this step.
 
         Averages of `averager` are best given as they are: they are read only when a line is due.
@@ -222,24 +194,24 @@ class LogProgressBar(Generic[T]):
         self._metrics = more if metrics is None else {**metrics, **more} if more else metrics
         return self._will_log
 
-    def _log(self, done: int, steps: int, seconds: float, waited: float) -> None:
-        parts = [self._name, f"{done}/{self._total or '?'}", self._speed(seconds / steps)]
-        if self._total and done < self._total:
-            parts.append(f"ETA {tqdm.format_interval((self._total - done) * seconds / steps)}")
+    def _log(self, done: int, steps: int, last: float, waited: float) -> float:
+        """Log the steps since the last line; return the time."""
+        now = time.perf_counter()
+        seconds = max(now - last, 1e-9)
+        pace = seconds / steps
+        speed = f"{pace:.2f} sec/it" if pace >= 1 else f"{1000 * pace:.1f} ms/it"
+        if pace < 10 and not self.time_per_it:
+            speed = f"{1 / pace:.2f} it/sec"
+        parts = [self.name, f"{done}/{self.total or '?'}", speed]
+        if self.total and done < self.total:
+            parts.append(f"ETA {tqdm.format_interval((self.total - done) * pace)}")
         if waited > 0.1 * seconds and seconds > 1:
             parts.append(f"waits for data {waited / seconds:.0%}")
-        parts += self._items()
-        # A terminal has the bar instead.
-        self._logger.log(self._level, self._delimiter.join(parts), extra={"progress": True})
-        if self._on_log is not None:
-            self._on_log()
+        # A terminal has the bar.
+        self.logger.log(self.level, self._line(*parts), extra={"file_only": sys.stderr.isatty()})
+        self.on_log()
+        return now
 
-    def _items(self) -> list[str]:
-        return format_items(self._metrics, self._formatter, self._items_delimiter)
-
-    def _speed(self, seconds: float) -> str:
-        if seconds <= 0:
-            return "inf it/sec"
-        if not self._time_per_it and seconds < 10:
-            return f"{1 / seconds:.2f} it/sec"
-        return f"{seconds:.2f} sec/it" if seconds >= 1 else f"{1000 * seconds:.1f} ms/it"
+    def _line(self, *parts: str) -> str:
+        items = format_items(self._metrics, self.formatter, self.items_delimiter)
+        return f" {self.delimiter} ".join([*parts, *items])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -12,15 +13,17 @@ import torch
 from . import distrib
 from .checkpoint import Policy
 from .log import LogProgressBar, bold, format_items
-from .metrics import Averages, Formatter, averager, number, to_floats
+from .metrics import Averages, Formatter, Metrics, fetch, number
 from .plain import to_plain
 from .run import XP, get_xp, record_config, resume_command
 from .trackers import LocalFiles, Tracker, check_audio, check_image
 from .utils import UserError
 
 T = TypeVar("T")
+MEDIA = "log_audio", "log_image", "log_text"
 
 
+@dataclass(eq=False)
 class ResultLogger:
     """Results, sent to the log and to all trackers; on ranks above zero, nowhere.
 
@@ -34,23 +37,19 @@ class ResultLogger:
         xp: the run; the one running under Dora by default.
     """
 
-    def __init__(
-        self,
-        logger: logging.Logger,
-        level: int = logging.INFO,
-        delimiter: str = "|",
-        items_delimiter: str = " ",
-        xp: XP | None = None,
-    ) -> None:
-        self._logger, self._level = logger, level
-        self._style = {"delimiter": delimiter, "items_delimiter": items_delimiter}
-        self._xp = xp or get_xp()
+    logger: logging.Logger
+    level: int = logging.INFO
+    delimiter: str = "|"
+    items_delimiter: str = " "
+    xp: XP = field(default_factory=get_xp)
+
+    def __post_init__(self) -> None:
         self._failed: set[Tracker] = set()
         self._points: list[tuple[str, dict[str, Any], int, int]] = []
         self._resumed: tuple[Any, ...] | None = None
         self.paused = False  # drops all results, on the way to where a run resumes
         self.trackers: list[Tracker] = []
-        self.add_tracker(LocalFiles(self._xp))
+        self.add_tracker(LocalFiles(self.xp))
 
     def add_tracker(self, tracker: Tracker) -> None:
         """Send results to another tracker."""
@@ -63,13 +62,13 @@ class ResultLogger:
         """Send results to TensorBoard; see `trackers.TensorBoard`."""
         from .trackers.tensorboard import TensorBoard
 
-        self.add_tracker(TensorBoard(self._xp, with_media_logging, **kwargs))
+        self.add_tracker(TensorBoard(self.xp, with_media_logging, **kwargs))
 
     def init_wandb(self, with_media_logging: bool = True, **kwargs: Any) -> None:
         """Send results to Weights & Biases; see `trackers.WandB`."""
         from .trackers.wandb import WandB
 
-        self.add_tracker(WandB(self._xp, with_media_logging, **kwargs))
+        self.add_tracker(WandB(self.xp, with_media_logging, **kwargs))
 
     def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int] | None) -> None:
         """Make trackers forget the results about to be repeated: see `Tracker.resume`."""
@@ -77,16 +76,14 @@ class ResultLogger:
         self._points = []  # of a loop that was interrupted
         self._send("resume", *self._resumed)
 
-    def log_hyperparams(
-        self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None
-    ) -> None:
+    def log_hyperparams(self, params: Metrics, metrics: Mapping[str, float] | None = None) -> None:
         """Log the config, and metrics to compare runs by."""
         self._send("log_hyperparams", to_plain(params, "hyperparams"), metrics or {})
 
     def log_metrics(
         self,
         stage: str,
-        metrics: Mapping[str, Any],
+        metrics: Metrics,
         step: int,
         step_name: str = "epoch",
         formatter: Formatter | None = None,
@@ -97,7 +94,7 @@ class ResultLogger:
             self._log_summary(stage, metrics, step, step_name, formatter)
         self._send("log_metrics", stage, to_numbers(metrics), step)
 
-    def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
+    def log_step(self, stage: str, metrics: Metrics, step: int, epoch: int) -> None:
         """Keep a point of the stage's curves by step: tensors stay on their device until `flush`.
 
         Only rank zero has trackers, so the metrics are of its data.
@@ -109,9 +106,9 @@ class ResultLogger:
     def flush(self) -> None:
         """Send the waiting points, as each progress line and summary does."""
         points, self._points = self._points, []
-        for stage, metrics, step, epoch in points:
-            values = dict(zip(metrics, to_floats([*metrics.values()]), strict=True))
-            self._send("log_step", stage, values, step, epoch)
+        fetch(values for _, values, _, _ in points)
+        for point in points:
+            self._send("log_step", *point)
 
     def log_audio(self, stage: str, key: str, audio: Any, sample_rate: int, step: int) -> None:
         """Log audio `[C, T]`, floats in -1..1."""
@@ -136,46 +133,41 @@ class ResultLogger:
         **kwargs: Any,
     ) -> LogProgressBar[T]:
         """Return a progress bar for a stage; for `kwargs` see `LogProgressBar`."""
-        parts = [stage.capitalize()]
-        if step is not None:
-            parts.append(f"{(step_name or 'step').capitalize()} {step}")
-        name = f" {self._style['delimiter']} ".join(parts)
-        kwargs |= self._style | {"level": self._level, "on_log": self.flush}
-        return LogProgressBar(self._logger, iterable, name=name, **kwargs)
+        kwargs |= {"delimiter": self.delimiter, "items_delimiter": self.items_delimiter}
+        kwargs["name"] = self._line(stage.capitalize(), step, step_name or "step")
+        return LogProgressBar(self.logger, iterable, level=self.level, on_log=self.flush, **kwargs)
 
     def _log_summary(
         self,
         stage: str,
-        metrics: Mapping[str, Any],
+        metrics: Metrics,
         step: int | None = None,
         step_name: str = "epoch",
         formatter: Formatter | None = None,
     ) -> None:
-        parts = [f"{stage.capitalize()} Summary"]
-        if step is not None:
-            parts.append(f"{step_name.capitalize()} {step}")
-        parts += format_items(metrics, formatter or Formatter(), self._style["items_delimiter"])
-        self._logger.log(self._level, bold(f" {self._style['delimiter']} ".join(parts)))
+        items = format_items(metrics, formatter, self.items_delimiter)
+        line = self._line(f"{stage.capitalize()} Summary", step, step_name, items)
+        self.logger.log(self.level, bold(line))
+
+    def _line(self, title: str, step: int | None, step_name: str, items: Iterable[str] = ()) -> str:
+        place = [] if step is None else [f"{step_name.capitalize()} {step}"]
+        return f" {self.delimiter} ".join([title, *place, *items])
 
     def _send(self, method: str, *args: Any) -> None:
-        media = method in ("log_audio", "log_image", "log_text")
         for tracker in () if self.paused else self.trackers:
-            if media and not tracker.with_media_logging:
+            if method in MEDIA and not tracker.with_media_logging:
                 continue
             try:
                 getattr(tracker, method)(*args)
             except Exception as error:
                 if tracker not in self._failed:
                     self._failed.add(tracker)
-                    self._logger.error(
-                        "%s failed; the run continues. Said only once: %s",
-                        type(tracker).__name__,
-                        error,
-                        exc_info=not isinstance(error, ImportError),  # which says it all
-                    )
+                    note = f"{type(tracker).__name__} failed; the run continues. Said once: {error}"
+                    # An ImportError says all in its message.
+                    self.logger.error(note, exc_info=not isinstance(error, ImportError))
 
 
-def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def to_numbers(metrics: Metrics) -> dict[str, Any]:
     """Convert metrics to plain numbers: tensors and NumPy values of one element too."""
     values = to_plain(metrics, "metrics")
     return {n: v.tolist() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
@@ -190,6 +182,8 @@ class Logs:
     result_logger: ResultLogger
     _pending_metrics: dict[str, Any]
     _current_stage: Any  # the running one, if any
+
+    averager = Averages
 
     @property
     def epoch(self) -> int:
@@ -227,17 +221,8 @@ class Logs:
                 raise UserError(f"no tracker is called {name!r}; there are tensorboard and wandb")
             getattr(self, f"init_{name}")(**{"project": project} if name == "wandb" else {})
 
-    def averager(self, beta: float = 1.0) -> Averages:
-        """Return averages over steps; see `metrics.averager`."""
-        return averager(beta)
-
     def log_progress(
-        self,
-        stage_name: str,
-        iterable: Iterable[T],
-        total: int | None = None,
-        updates: int = 5,
-        done: int = 0,
+        self, stage_name: str, iterable: Iterable[T], total: int | None = None, updates: int = 5
     ) -> LogProgressBar[T]:
         """Iterate with progress lines, and no more: a run is not stopped here.
 
@@ -246,32 +231,21 @@ class Logs:
             iterable: usually a data loader.
             total: number of steps, if the iterable has no length.
             updates: number of lines.
-            done: number of earlier steps.
         """
+        options = {"updates": updates, "formatter": self.get_formatter(stage_name)}
         return self.result_logger.get_log_progress_bar(
-            stage_name,
-            iterable,
-            updates=updates,
-            total=total,
-            step=self.epoch,
-            step_name="epoch",
-            formatter=self.get_formatter(stage_name),
-            done=done,
+            stage_name, iterable, self.epoch, "epoch", total=total, **options
         )
 
     def log_metrics(
-        self, stage_name: str, metrics: Mapping[str, Any], formatter: Formatter | None = None
+        self, stage_name: str, metrics: Metrics, formatter: Formatter | None = None
     ) -> None:
         """Log metrics of this epoch; they are part of the history from the commit on."""
-        numbers = to_numbers(metrics)
+        numbers, formatter = to_numbers(metrics), formatter or self.get_formatter(stage_name)
         self._pending_metrics.setdefault(stage_name, {}).update(numbers)
-        self.result_logger.log_metrics(
-            stage_name, numbers, self.epoch, formatter=formatter or self.get_formatter(stage_name)
-        )
+        self.result_logger.log_metrics(stage_name, numbers, self.epoch, formatter=formatter)
 
-    def log_hyperparams(
-        self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None
-    ) -> None:
+    def log_hyperparams(self, params: Metrics, metrics: Mapping[str, float] | None = None) -> None:
         """Log the config, and metrics to compare runs by."""
         self.result_logger.log_hyperparams(params, metrics)
 
@@ -291,21 +265,19 @@ class Logs:
         """Repeat the summaries of all committed epochs in the log."""
         for epoch, stages in enumerate(self.history, 1):
             for stage, metrics in stages.items():
-                self.result_logger._log_summary(
-                    stage, metrics, step=epoch, formatter=self.get_formatter(stage)
-                )
+                formatter = self.get_formatter(stage)
+                self.result_logger._log_summary(stage, metrics, epoch, formatter=formatter)
 
     def _log_start(self) -> None:
         """Log the config, and how to resume."""
         if distrib.is_rank_zero():
             record_config(self.xp)
         self.log_hyperparams(self.xp.cfg)
-        fresh = not (self.history or self._pending_metrics)
-        if fresh:
+        verb = "resumes" if self.history or self._pending_metrics else "starts"
+        if verb == "starts":
             tree = json.dumps(to_plain(self.xp.cfg, "the config"), indent=1)
             self.logger.info("Config of run %s:\n%s", self.xp.sig, tree)
-        verb, folder = "starts" if fresh else "resumes", self.xp.folder
-        self.logger.info("Run %s %s in epoch %d: %s", self.xp.sig, verb, self.epoch, folder)
+        self.logger.info(f"Run {self.xp.sig} {verb} in epoch {self.epoch}: {self.xp.folder}")
         if command := resume_command(self.xp):
             self.logger.info("To resume it, whenever it stops: %s", command)
 
@@ -313,7 +285,7 @@ class Logs:
         """Log the end of the run; UserError without any epoch."""
         if not self.history:
             raise UserError(f"run {self.xp.sig} ends without a commit: is `epochs` at least 1?")
-        epoch = policy.best_epoch(self.history) if policy.best else None
+        epoch = policy.best_epoch(self.history)
         best = f", {policy.best} in epoch {epoch}" if epoch else ""
         where = f"epoch {len(self.history)}{best}: {self.xp.folder}"
-        self.logger.info("Run %s is complete after %s", self.xp.sig, where)
+        self.logger.info(f"Run {self.xp.sig} is complete after {where}")

@@ -211,7 +211,8 @@ class Steps(Generic[T]):
         if self._bar is not None and self._stage is not None:
             raise UserError(f"stage {self.name} iterates twice: make it two stages")
         iterator = self._iterate()
-        self._bar = self._make_bar(self.name, iterator, total=self._total, done=self.step)
+        self._bar = self._make_bar(self.name, iterator, total=self._total)
+        self._bar.done = self.step
         try:
             yield from self._bar
         finally:

@@ -244,6 +244,9 @@ def parameters(path: Path) -> Iterator[tuple[str, str]]:
         for method in node.body if isinstance(node, ast.ClassDef) else ():
             if isinstance(method, ast.FunctionDef) and not re.match("_(?!_)", method.name):
                 yield from arguments(method, f"{node.name}.{method.name}")  # type: ignore[attr-defined]
+            if isinstance(method, ast.AnnAssign) and node.decorator_list:  # type: ignore[attr-defined]
+                made = f"{node.name}.__init__"  # type: ignore[attr-defined]  # by `@dataclass`
+                yield from ((made, ""), (made, ast.unparse(method.target)))
 
 
 def test_all_that_differs_is_listed(examples: Path) -> None:

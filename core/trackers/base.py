@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import wave
 from collections.abc import Collection, Mapping
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ..metrics import Metrics
 from ..run import XP, get_xp
 
 
@@ -29,13 +31,13 @@ class Tracker:
         """Make a tracker for the running experiment."""
         return cls(get_xp(), *args, **kwargs)
 
-    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    def log_hyperparams(self, params: Metrics, metrics: Mapping[str, float]) -> None:
         """Log the config, a nested dict of plain values, and metrics to compare runs by."""
 
-    def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
+    def log_metrics(self, stage: str, metrics: Metrics, step: int) -> None:
         """Log the metrics of a stage in an epoch."""
 
-    def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
+    def log_step(self, stage: str, metrics: Metrics, step: int, epoch: int) -> None:
         """Log a point of the stage's curves by step."""
 
     def resume(self, epoch: int, done: Collection[str], steps: Mapping[str, int] | None) -> None:
@@ -47,55 +49,48 @@ class Tracker:
             steps: taken by each stage until then; None if unknown.
         """
 
-    def log_audio(
-        self, stage: str, key: str, audio: torch.Tensor, sample_rate: int, step: int
-    ) -> None:
+    def log_audio(self, stage: str, key: str, audio: Tensor, sample_rate: int, step: int) -> None:
         """Log a sound."""
 
-    def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
+    def log_image(self, stage: str, key: str, image: Tensor, step: int) -> None:
         """Log a picture."""
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
         """Log a text."""
 
 
-def check_audio(audio: Any) -> torch.Tensor:
+def check_audio(audio: Any) -> Tensor:
     """Return audio as a float tensor `[C, T]` on the CPU; ValueError otherwise."""
     tensor = torch.as_tensor(audio).detach().cpu()
     if tensor.ndim != 2 or not tensor.is_floating_point():
-        raise ValueError(f"log_audio: audio must be a float tensor [C, T], not {_describe(tensor)}")
+        raise ValueError(f"log_audio: needs a float tensor [C, T], not {_shape(tensor)}")
     return tensor.float()
 
 
-def check_image(image: Any) -> torch.Tensor:
+def check_image(image: Any) -> Tensor:
     """Return an image as a float tensor `[C, H, W]` in 0..1 on the CPU; ValueError otherwise.
 
     Bytes (0..255) are scaled.
     """
     tensor = torch.as_tensor(image).detach().cpu()
     if tensor.ndim != 3 or len(tensor) not in (1, 3, 4):
-        raise ValueError(
-            "log_image: an image must be a tensor [C, H, W] with 1, 3 or 4 channels, not "
-            f"{_describe(tensor)}"
-        )
+        raise ValueError(f"log_image: needs [C, H, W], C of 1, 3 or 4, not {_shape(tensor)}")
     return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
 
 
-def to_bytes(image: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def to_bytes(image: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Convert a checked image to an array for Pillow, `[H, W, C]` or `[H, W]`; NaN is black."""
     pixels = image.nan_to_num(0.0, 1.0, 0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
     return (pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).numpy()
 
 
-def write_wav(file: IO[bytes], audio: torch.Tensor, sample_rate: int) -> None:
+def write_wav(path: str, audio: Tensor, sample_rate: int) -> None:
     """Write checked audio `[C, T]` as 16 bit WAV."""
     samples = audio.nan_to_num().clamp(-1, 1).mul(32767).round().to(torch.int16)
-    with wave.open(file, "wb") as wav:
-        wav.setnchannels(len(audio))
-        wav.setsampwidth(2)
-        wav.setframerate(sample_rate)
+    with wave.open(path, "wb") as wav:
+        wav.setparams((len(audio), 2, sample_rate, 0, "NONE", "not compressed"))
         wav.writeframes(samples.T.contiguous().numpy().astype("<i2").tobytes())
 
 
-def _describe(tensor: torch.Tensor) -> str:
+def _shape(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} of {tensor.dtype}"

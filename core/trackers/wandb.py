@@ -112,8 +112,7 @@ class WandB(Tracker):
 
         # Given samples rather than a file, W&B would ask for one more package.
         with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-            write_wav(file, audio, sample_rate)
-            file.flush()
+            write_wav(file.name, audio, sample_rate)
             self._log_of(stage, {key: wandb.Audio(file.name)}, step)
 
     def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:

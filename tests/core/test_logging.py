@@ -386,7 +386,6 @@ def test_local_files(tmp_path: Path) -> None:
     steps = [row for row in rows(tmp_path) if "step" in row]
     assert [row["step"] for row in steps] == list(range(1, 13))
     assert steps[3] == {"stage": "train", "epoch": 2, "step": 4, "metrics": {"loss": 40.0}}
-    assert json.loads((tmp_path / "hyperparams.json").read_text())["params"]["optim"] == {"lr": 0.1}
     media = tmp_path / "outputs" / "train_4"
     assert np.array(Image.open(media / "i.png")).tolist() == [[0, 255]]
     with wave.open(str(media / "a.wav")) as sound:
