@@ -57,9 +57,9 @@ this_process.meeting_point = _meeting_point
 if "SUBMITIT_EXECUTOR" in os.environ and "WORLD_SIZE" not in os.environ:
     from submitit.helpers import TorchDistributedEnvironment
 
-    job = TorchDistributedEnvironment()
-    job.master_addr = os.environ.get("MASTER_ADDR", job.master_addr)
-    job.export(set_cuda_visible_devices=False, overwrite=True)
+    _job = TorchDistributedEnvironment()
+    _job.master_addr = os.environ.get("MASTER_ADDR", _job.master_addr)
+    _job.export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def hydra_main(

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -25,11 +25,9 @@ from .results import Logs, ResultLogger
 from .rng import get_rng_state, position
 from .run import XP, FolderXP, check_config, get_xp, locked, read_history, write_history
 from .state import AttributeWrapper, StateDict, StateManager
-from .steps import Epoch, Stage, Steps
+from .steps import Epoch, Stage, Steps, T
 from .stop import Requests, Stopped
 from .utils import Accumulation, UserError
-
-T = TypeVar("T")
 
 
 class BaseSolver(Logs):
@@ -75,11 +73,10 @@ class BaseSolver(Logs):
 
         Override it for other stages, or another order.
         """
-        stages = [(name, getattr(self, name)) for name in ("train", "valid")]
         with self.running():
             for _ in range(self.epoch, self.xp.cfg.epochs + 1):
-                for name, stage in stages:
-                    self.run_stage(name, stage)
+                for name in ("train", "valid"):
+                    self.run_stage(name, getattr(self, name))
                 self.commit()
 
     @contextmanager

@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ from .ranks import is_distributed, rank, world_size
 SECONDS = 2.0  # in one collective, after which a rank tells the others where it is
 
 
+@dataclass
 class ThisProcess:
     """Knowledge of this process about its group.
 
@@ -32,7 +34,7 @@ class ThisProcess:
     """
 
     broken: bool = False
-    meeting_point: Callable[[], str] = staticmethod(lambda: "env://")
+    meeting_point: Callable[[], str] = lambda: "env://"
 
 
 this_process = ThisProcess()

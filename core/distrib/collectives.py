@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._utils import _flatten_dense_tensors
 
 from ..metrics import Averages, added, number
 from ..utils import UserError
@@ -133,9 +132,11 @@ def grouped(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     yield from groups.values()
 
 
+@torch.no_grad()
 def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Return a flat copy of tensors; if there is a single contiguous tensor, a view."""
-    return torch.detach(_flatten_dense_tensors(tensors))
+    parts = [tensor.reshape(-1) for tensor in tensors]
+    return torch.cat(parts) if len(parts) > 1 else parts[0].detach()
 
 
 @torch.no_grad()
