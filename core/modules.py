@@ -74,6 +74,19 @@ def fit_tensors(own: Mapping[str, Any], state: Any, name: str) -> tuple[Any, lis
     return usable, sorted(problems)
 
 
+def fit_module(module: nn.Module, state: Any, name: str) -> tuple[Any, list[str]]:
+    """Return the fitting part of a state, and the misfits; some modules resize their tensors."""
+    own = module_state(module)
+    for path, part in module.named_modules(remove_duplicate=False):
+        loads = type(part)._load_from_state_dict.__module__
+        resizes = not loads.startswith("torch.nn.modules.")  # such as a quantization observer
+        for key in [*part._buffers, "_extra_state"] if resizes else ["_extra_state"]:
+            known = original_name(module, f"{path}.{key}".removeprefix("."))
+            if known in own and known in state:
+                own[known] = state[known]
+    return fit_tensors(own, state, name)
+
+
 def other_shape(own: Any, saved: Any) -> str:
     if not isinstance(own, torch.Tensor) or is_lazy(own):
         return ""

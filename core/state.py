@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .modules import fit_tensors, load_module_state, module_state, other_shape, shard_like
+from .modules import fit_module, load_module_state, module_state, other_shape, shard_like
 from .plain import from_plain, to_plain
 from .utils import UserError
 
@@ -71,10 +71,11 @@ def _load_optimizer(optim: Optimizer, state: Mapping[str, Any]) -> None:
         for i, about in state["state"].items()
     }
     optim.load_state_dict({**state, "state": sharded})
-
-
-def _fit_module(module: nn.Module, state: Any, name: str) -> tuple[Any, Problems]:
-    return fit_tensors(module_state(module), state, name)
+    for i, about in sharded.items():
+        ours = optim.state[params[i]]
+        for key, saved in about.items():  # rounded to the precision of the weights
+            if isinstance(saved, torch.Tensor) and saved.dtype != ours[key].dtype:
+                ours[key] = saved.to(ours[key].device, copy=True)
 
 
 def _fit_optimizer(optim: Optimizer, state: Any, name: str) -> tuple[Any, Problems]:
@@ -123,7 +124,7 @@ def _replace(value: Any, state: Any) -> Any:
 
 
 KINDS = [
-    Adapter(lambda v: isinstance(v, nn.Module), module_state, load_module_state, _fit_module),
+    Adapter(lambda v: isinstance(v, nn.Module), module_state, load_module_state, fit_module),
     Adapter(lambda v: isinstance(v, Optimizer), set=_load_optimizer, fit=_fit_optimizer),
     Adapter(lambda v: hasattr(v, "state_dict") and hasattr(v, "load_state_dict")),
     Adapter(_is_trained, lambda v: v, _set_parameter, _fit_parameter),
@@ -141,7 +142,8 @@ class AttributeWrapper:
     def __init__(self, owner: Any, name: str) -> None:
         self.name = name
         self.owner = weakref.proxy(owner)
-        self.value  # noqa: B018 (raises now rather than when it is saved)
+        if isinstance(self.value, nn.Module) and not self.value.state_dict():
+            logger.warning("%s has an empty state_dict: nothing of it is saved", name)
 
     @property
     def value(self) -> Any:
@@ -213,12 +215,15 @@ class StateManager:
 
     def state_dict(self) -> StateDict:
         """Return the states of all sources, as tensors and plain containers."""
-        return {
-            name: to_plain(
-                source.state_dict(), name, exact=not isinstance(source, WriteOnlyWrapper)
-            )
-            for name, source in self.sources.items()
-        }
+        states = {}
+        for name, source in self.sources.items():
+            try:
+                state = source.state_dict()
+            except Exception as error:
+                error.add_note(f"raised by the state of {name}")
+                raise
+            states[name] = to_plain(state, name, exact=not isinstance(source, WriteOnlyWrapper))
+        return states
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Restore the sources whose states are given; the others stay as they are.
