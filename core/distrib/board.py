@@ -10,7 +10,6 @@ import itertools
 import time
 import zlib
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from .ranks import is_distributed, rank, world_size
+from ..utils import UserError
+from .ranks import is_distributed, is_rank_zero, rank, world_size
 
 SECONDS = 2.0  # in one collective, after which a rank tells the others where it is
 
@@ -30,10 +30,12 @@ class ThisProcess:
 
     Args:
         broken: a collective failed, and may never end.
+        cut_off: the rank with the store of the group is gone.
         meeting_point: returns the address of the group, for torch; `launch.py` knows Dora's.
     """
 
     broken: bool = False
+    cut_off: bool = False
     meeting_point: Callable[[], str] = lambda: "env://"
 
 
@@ -42,16 +44,23 @@ this_process = ThisProcess()
 
 def post(key: str, note: str) -> None:
     """Write a note, for all ranks to read; nothing in a single process."""
-    with suppress(RuntimeError, ValueError):  # no group, or rank zero kept the store and is gone
-        _get_default_store().set(key, note)
+    _ask("set", key, note)
 
 
 def read(key: str) -> str:
     """Return a note; empty if there is none."""
-    with suppress(RuntimeError, ValueError):
-        if (store := _get_default_store()).check([key]):
-            return str(store.get(key).decode())
-    return ""
+    return str((_ask("get", key) or b"").decode()) if _ask("check", [key]) else ""
+
+
+def _ask(method: str, *args: Any) -> Any:
+    """Call the group's store; None without a group, or after the end of the rank with the store."""
+    if not dist.is_initialized() or this_process.cut_off:
+        return None
+    try:
+        return getattr(_get_default_store(), method)(*args)
+    except RuntimeError:
+        this_process.cut_off = True  # torch writes a page of frames for each failing call
+        return None
 
 
 def notes(kind: str) -> dict[int, str]:
@@ -86,7 +95,7 @@ def check_same_call(what: str, items: Iterable[str] = ()) -> bool:
     everyone = [torch.empty_like(mine) for _ in range(world_size())]
     wait(dist.all_gather(everyone, mine, async_op=True), mine, what)
     if any(other != mine for other in everyone):
-        raise RuntimeError(_differences(call))
+        raise _differences(call)
     return True
 
 
@@ -117,20 +126,24 @@ def wait(work: Any, tensor: torch.Tensor, what: str) -> None:
             # collective may have ended well just now, after the time: wait again.
             if ended or (elsewhere and before):
                 this_process.broken = True
-                raise RuntimeError(_differences(what)) from error
+                raise _differences(what) from error
             before = elsewhere
     if before is not None:
         post(f"status {rank()}", "")
 
 
-def _differences(call: str) -> str:
-    """Say where each rank is, once all have posted their call or had the time to."""
+def _differences(call: str) -> RuntimeError:
+    """Return an error with the place of each rank, once all have posted or had the time to."""
     post(f"status {rank()}", call)
     deadline = time.monotonic() + 1.5 * SECONDS
     while len(calls := notes("status")) < world_size() and time.monotonic() < deadline:
         if failed := notes("failed"):
-            return "; ".join(f"rank {other} failed: {error}" for other, error in failed.items())
+            lines = [f"rank {other} failed: {error}" for other, error in failed.items()]
+            return UserError("; ".join(lines))
         time.sleep(0.05)
+    post(f"told {rank()}", call)
+    while is_rank_zero() and len(notes("told")) < len(calls) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the store of all may end with this process
     ours = call.split("\n")
     parts = [f"rank {rank()} is in {ours[0]}"]
     for other, theirs in calls.items():
@@ -142,5 +155,11 @@ def _differences(call: str) -> str:
             parts[0] += f" with {mine}"
             parts.append(f"rank {other} with {its}")
     silent = {*range(world_size())} - {rank(), *calls}
-    parts += [f"no word from rank {other}, which has ended or hangs" for other in silent]
-    return f"ranks disagree: {'; '.join(parts)}. All ranks must call the same collectives"
+    if silent:
+        return UserError(
+            f"{'; '.join(parts)}; no word from rank {', '.join(map(str, sorted(silent)))}, "
+            "which has ended or hangs: see its log"
+        )
+    return RuntimeError(
+        f"ranks disagree: {'; '.join(parts)}. All ranks must call the same collectives"
+    )

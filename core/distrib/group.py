@@ -9,8 +9,10 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from .ranks import device, is_distributed, is_rank_zero, launched, rank, world_s
 logger = logging.getLogger(__name__)
 
 GRACE = 60.0  # seconds in which a process that was asked to stop must have saved
+WAIT = 30.0  # seconds between two notes that other ranks are missing
 
 
 def init(backend: str | None = None, timeout: float = 1800.0) -> None:
@@ -49,27 +52,45 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
         # Processes that each take all cores slow one another down manyfold.
         here = launched("LOCAL_WORLD_SIZE", world_size())
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
-    _join(backend or "gloo", timedelta(seconds=timeout))
     atexit.register(_leave_at_exit)
+    if this_process.meeting_point() != "env://" or "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    _join(backend or "gloo", timedelta(seconds=timeout))
     if sys.version_info < (3, 12):
         # Gloo's threads free the tensors of a collective that just ended. A child forked at this
         # moment, such as a loader's worker, would hang (CPython's issue 112275).
         os.register_at_fork(before=lambda: time.sleep(0.002))
-    if this_process.meeting_point() != "env://" or "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     logger.info("Process group: rank %d of %d, %s", rank(), world_size(), dist.get_backend())
 
 
 def _join(backend: str, timeout: timedelta) -> None:
     """Meet the other ranks, at the address in the environment or in Dora's file."""
     where = "env://" if "MASTER_PORT" in os.environ else this_process.meeting_point()
+    here = f"rank {rank()} of {world_size()}"
+    # In a thread, so that this one hears signals; torch would not end the wait for them.
+    args = backend, where, timeout, world_size(), rank()
+    meeting = Future[None]()
+    threading.Thread(target=_meet, args=(meeting, *args), daemon=True).start()
+    this_process.broken = True  # so that an exit does not wait for the thread
+    while not meeting.done():
+        wait([meeting], WAIT)
+        if not meeting.done():
+            logger.warning("%s waits for the others at %s", here.capitalize(), where)
+    this_process.broken = False
     try:
-        dist.init_process_group(backend, where, timeout, world_size(), rank())
+        meeting.result()
     except (dist.DistError, ValueError) as error:
         raise UserError(
-            f"rank {rank()} of {world_size()} can't meet the others at {where}: "
-            f"{str(error).splitlines()[0]}. Are address and port right? `dora run -d` sets both"
+            f"{here} can't meet the others at {where}: {str(error).splitlines()[0]}. "
+            "Are address and port right? `dora run -d` sets both"
         ) from error
+
+
+def _meet(meeting: Future[None], *args: Any) -> None:
+    try:
+        meeting.set_result(dist.init_process_group(*args))
+    except BaseException as error:
+        meeting.set_exception(error)
 
 
 def _end_with(launcher: int) -> None:
@@ -90,7 +111,7 @@ def leave() -> None:
 def _leave_at_exit() -> None:
     failed = notes("failed")
     for other, error in failed.items():
-        if is_rank_zero() and error != failed.get(0):  # nor what all ranks have met
+        if is_rank_zero() and error not in failed.get(0, ""):  # nor what all ranks have met
             logger.error("Rank %d failed: %s", other, error)
     if this_process.broken:  # the collective would hold us here until its timeout
         logging.shutdown()  # flushes stderr too

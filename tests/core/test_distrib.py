@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from core.rng import seed_everything
 from core.tests.processes import on_ranks
 from core.utils import UserError
 
-from ..commands import ROOT, run
+from ..commands import ROOT, Command, run
 
 
 def test_alone_everything_is_the_identity() -> None:
@@ -188,6 +189,30 @@ def test_workers_without_a_meeting_point(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="rank 1 of 2"):
         distrib.init()
+
+
+WAITING = """
+import signal, sys
+from core import distrib, setup_logging
+from core.distrib import group
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+setup_logging(with_file_log=False)
+group.WAIT = 0.1
+distrib.init()
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_others_says_so_and_hears_signals(rank: int, tmp_path: Path) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    env = os.environ | {"PYTHONPATH": ROOT, "RANK": str(rank)} | group
+    waiting = Command(tmp_path, "-c", WAITING, env=env)
+    waiting.until(lambda: "waits for the others" in waiting.said)
+    waiting.send(signal.SIGTERM)
+    assert "KeyboardInterrupt" in waiting.finish(1)
 
 
 def test_a_port_that_is_taken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
