@@ -12,7 +12,6 @@ import time
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,8 @@ import torch.distributed as dist
 # Its functions have the process group of the moment of their import as a default argument. Were
 # that ours, it would outlive `leave`, and its threads might crash the end of Python.
 import torch.distributed.nn.functional
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ..utils import UserError
 from .board import notes, this_process
@@ -67,10 +68,9 @@ def _join(backend: str, timeout: timedelta) -> None:
     """Meet the other ranks, at the address in the environment or in Dora's file."""
     where = "env://" if "MASTER_PORT" in os.environ else this_process.meeting_point()
     here = f"rank {rank()} of {world_size()}"
-    # In a thread, so that this one hears signals; torch would not end the wait for them.
-    args = backend, where, timeout, world_size(), rank()
     meeting = Future[None]()
-    threading.Thread(target=_meet, args=(meeting, *args), daemon=True).start()
+    # In a thread, so that this one hears signals; torch would not end the wait for them.
+    threading.Thread(target=_meet, args=(meeting, where, backend, timeout), daemon=True).start()
     this_process.broken = True  # so that an exit does not wait for the thread
     while not meeting.done():
         wait([meeting], WAIT)
@@ -86,9 +86,16 @@ def _join(backend: str, timeout: timedelta) -> None:
         ) from error
 
 
-def _meet(meeting: Future[None], *args: Any) -> None:
+def _meet(meeting: Future[None], where: str, backend: str, timeout: timedelta) -> None:
     try:
-        meeting.set_result(dist.init_process_group(*args))
+        store, number, count = next(rendezvous(where, rank(), world_size(), timeout=timeout))
+        store.set_timeout(timeout)
+        # After a restart by torchrun, its store still holds the notes of the failed processes.
+        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(
+            backend, timeout=timeout, world_size=count, rank=number, store=store
+        )
+        meeting.set_result(None)
     except BaseException as error:
         meeting.set_exception(error)
 

@@ -22,6 +22,12 @@ from core.utils import UserError
 from ..commands import ROOT, Command, run
 
 
+def free_port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
 def test_alone_everything_is_the_identity() -> None:
     distrib.init()
     assert (distrib.rank(), distrib.world_size()) == (0, 1)
@@ -182,6 +188,27 @@ def test_torchrun_starts_us(tmp_path: Path) -> None:
     assert said.count("[0, 1, 2]\n") == 3, said
 
 
+RESTARTED = """
+import os, time
+from core import distrib
+distrib.init()
+distrib.barrier()
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if distrib.rank() == 1:
+        os.abort()
+    distrib.barrier()
+print(distrib.average_metrics({"rank": distrib.rank()}))
+"""
+
+
+def test_torchrun_starts_us_again(tmp_path: Path) -> None:
+    (tmp_path / "restarted.py").write_text(RESTARTED)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    args = [*torchrun, "--max-restarts=1", "restarted.py"]
+    said = run(tmp_path, *args, env=os.environ | {"PYTHONPATH": ROOT})
+    assert said.count("{'rank': 0.5}") == 2
+
+
 def test_workers_without_a_meeting_point(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_PORT", "SUBMITIT_EXECUTOR"):
         monkeypatch.delenv(name, raising=False)
@@ -204,10 +231,7 @@ distrib.init()
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_waits_for_others_says_so_and_hears_signals(rank: int, tmp_path: Path) -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     env = os.environ | {"PYTHONPATH": ROOT, "RANK": str(rank)} | group
     waiting = Command(tmp_path, "-c", WAITING, env=env)
     waiting.until(lambda: "waits for the others" in waiting.said)
