@@ -182,18 +182,31 @@ class EpochSampler(Sampler[int]):
 
 
 class _IterableShard(IterableDataset[Any]):
-    """Every n-th example of an iterable dataset, n being the number of workers of all ranks."""
+    """Every n-th example of an iterable dataset, n being the number of workers of all ranks.
+
+    A dataset that asks `get_worker_info` for the number of workers deals out its examples itself,
+    and is told of the workers of all ranks.
+    """
 
     def __init__(self, dataset: IterableDataset[Any]) -> None:
         self.dataset = dataset
         # Known here, but not in a worker process.
         self.rank, self.world_size = distrib.rank(), distrib.world_size()
 
+    def __len__(self) -> int:
+        return len(range(self.rank, len(cast(Sized, self.dataset)), self.world_size))
+
     def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        start, step = self.rank * workers + worker, self.world_size * workers
-        return itertools.islice(iter(self.dataset), start, None, step)
+        number, count, info = self.rank, self.world_size, get_worker_info()
+        if isinstance(info, workers.WorkerOfAll):
+            number, count = info.id, info.count
+        elif info is not None:
+            number, count = number * info.num_workers + info.id, count * info.num_workers
+        examples = iter(self.dataset)
+        first = [*itertools.islice(examples, 1)]  # a generator asks for its worker only now
+        if getattr(info, "was_asked", False):
+            number, count = 0, 1
+        yield from itertools.islice(itertools.chain(first, examples), number, None, count)
 
 
 distrib.loader = loader  # where Flashy's users look for it

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, cast
 
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils import worker as torch_worker
 
 from . import distrib
 from .rng import derive_seed, position, seed_process
@@ -50,19 +51,47 @@ class _WorkerStart:
         _end_without_parent()
         _leave_signals_to_the_run()
         epoch = position.get().epoch if self.epoch is None else self.epoch
-        seed_process(derive_seed(self.seed, epoch, self.rank, worker))
-        info = get_worker_info()
-        if info is not None and not isinstance(info.dataset, IterableDataset):
-            # A loader asks this method for a whole batch, if there is one.
+        seed = derive_seed(self.seed, epoch, self.rank, worker)
+        seed_process(seed)
+        if (info := get_worker_info()) is not None:
+            object.__setattr__(info, "seed", seed)
             dataset: Any = info.dataset
-            with suppress(AttributeError):
-                dataset.__getitems__ = _SeededBatches(dataset, self.seed)
+            if isinstance(dataset, IterableDataset):
+                # Returned by `get_worker_info` from now on, in this process.
+                ours: Any = WorkerOfAll(info, dataset)
+                torch_worker._worker_info = ours
+                worker = ours.id
+            else:
+                with suppress(AttributeError):  # of a class with slots
+                    # A loader asks this method for a whole batch, if there is one.
+                    object.__setattr__(dataset, "__getitems__", _SeededBatches(dataset, self.seed))
         if self.then is not None:
             self.then(worker)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that is spawned, not forked, knows nothing of our epoch: send it along.
         return type(self), (self.seed, self.then, position.get().epoch)
+
+
+class WorkerOfAll:
+    """The worker of an iterable dataset, numbered among the workers of all ranks.
+
+    Args:
+        info: PyTorch's own.
+        shard: of the loader, with the dataset.
+    """
+
+    def __init__(self, info: Any, shard: Any) -> None:
+        self.id = shard.rank * info.num_workers + info.id
+        self.count: int = shard.world_size * info.num_workers
+        self.seed, self.dataset = info.seed, shard.dataset
+        self.was_asked = False  # for the number of workers: the dataset deals out its examples
+
+    @property
+    def num_workers(self) -> int:
+        """The number of workers, for the dataset."""
+        self.was_asked = True
+        return self.count
 
 
 class Index(int):
