@@ -102,7 +102,7 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], src: int = 0) -> None:
     if check_same_call(f"broadcast_tensors from rank {src}", map(describe, tensors)):
         for group in grouped(tensors):
             flat = flatten(group)
-            dist.broadcast(flat, src)
+            dist.broadcast(flat.view(torch.uint8), src)  # bytes, as gloo lacks some types
             put_back(flat, group)
 
 

@@ -218,6 +218,22 @@ def test_workers_without_a_meeting_point(monkeypatch: pytest.MonkeyPatch) -> Non
         distrib.init()
 
 
+def _copied() -> list[Any]:
+    rank = distrib.rank()
+    kinds = [torch.int16, torch.uint16, torch.bool, torch.complex64, torch.float8_e4m3fn]
+    model = nn.Module()
+    for kind in (*kinds, torch.float32):
+        model.register_buffer(str(kind)[6:], torch.tensor([rank, 1]).to(kind))
+    model.register_buffer("empty", torch.zeros(0, dtype=torch.int16))
+    distrib.broadcast_model(model)
+    return [buffer.float().tolist() for buffer in model.buffers()]
+
+
+def test_buffers_of_any_type_are_copied() -> None:
+    for found in on_ranks(_copied):
+        assert found == [[0, 1]] * 6 + [[]]
+
+
 WAITING = """
 import signal, sys
 from core import distrib, setup_logging
