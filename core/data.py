@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -74,7 +75,6 @@ def loader(
         examples = None if updates_per_epoch is None else updates_per_epoch * batch
         multiple, kind = batch if kwargs.get("drop_last") else 1, sampler or EpochSampler
         kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples, multiple)
-        kwargs["sampler"].in_workers = bool(kwargs.get("num_workers"))
     # A generator of its own keeps the loader from drawing on the global one.
     kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
     return klass(dataset, *args, **workers.options(seed, kwargs))
@@ -94,6 +94,7 @@ def _check(
         logger.warning("batch_size=None: random numbers of workers differ after a resume")
 
 
+@dataclass(eq=False, repr=False)
 class EpochSampler(Sampler[int]):
     """This rank's indices, in an order given by seed and epoch.
 
@@ -105,62 +106,56 @@ class EpochSampler(Sampler[int]):
         seed: of the orders.
         examples: in an epoch, of all ranks, from where the last epoch ended; all data by default.
         multiple: the size of a pass is cut to a multiple of this.
+        index: makes an index for a worker, from the example's and its place in the run.
     """
 
-    def __init__(
-        self,
-        dataset: Sized,
-        shuffle: bool,
-        seed: int,
-        examples: int | None = None,
-        multiple: int = 1,
-    ) -> None:
-        if examples is not None and (examples < 1 or not len(dataset)):
+    dataset: Sized
+    shuffle: bool
+    seed: int
+    examples: int | None = None
+    multiple: int = 1
+    index: Callable[[int, tuple[int, ...]], int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.examples is not None and (self.examples < 1 or not len(self.dataset)):
             raise ValueError("loader: updates_per_epoch= needs at least one update and one example")
-        self.dataset, self.shuffle, self.seed = dataset, shuffle, seed
-        self.examples, self.multiple = examples, multiple
-        self.in_workers = False  # load the examples, and draw random numbers for them
         self._skipped = 0
 
     def skip(self, examples: int) -> None:
-        """Skip the first examples of this rank in the next pass."""
+        """Skip the first examples, of all ranks, in the next pass."""
         self._skipped = examples
 
-    def __len__(self) -> int:
+    @property
+    def _size(self) -> int:
+        """Indices in a pass of all ranks; shuffled, some come twice for equal shares."""
         size = self.examples or len(self.dataset) // self.multiple * self.multiple
-        ranks = distrib.world_size()
-        return -(-size // ranks) if self.shuffle else len(range(distrib.rank(), size, ranks))
+        return size + -size % distrib.world_size() if self.shuffle else size
+
+    def __len__(self) -> int:
+        return len(range(distrib.rank(), self._size, distrib.world_size()))
 
     def __iter__(self) -> Iterator[int]:
         here = position.get()
-        place = (here.stage, here.step) if here.step else (here.stage,) if here.stage else ()
-        before, number = here.passes.get(self, ((), -1))
-        number = number + 1 if before == (here.epoch, *place) else 0
-        here.passes[self] = (here.epoch, *place), number
-        epoch, salt = here.epoch, (number, *place)
-        order = self._window(epoch, salt) if self.examples else self._full_pass(epoch, salt)
-        skipped, self._skipped = self._skipped, 0
-        ranks = distrib.world_size()
-        mine = itertools.islice(order, distrib.rank() + skipped * ranks, None, ranks)
-        if not self.in_workers:
+        step, number = here.passes.get(self, (here.step, -1))
+        number = number + 1 if step == here.step else 0
+        here.passes[self] = here.step, number
+        salt = number, *filter(None, (here.stage, here.step))
+        first, ranks = self._skipped + distrib.rank(), distrib.world_size()
+        self._skipped = 0
+        mine = itertools.islice(self._pass(here.epoch, salt), first, None, ranks)
+        if self.index is None:
             yield from mine
             return
-        for count, index in enumerate(mine, skipped):
-            yield workers.Index(index, (epoch, *salt, count * ranks + distrib.rank()))
+        for place, example in zip(itertools.count(first, ranks), mine, strict=False):
+            yield self.index(example, (here.epoch, *salt, place))
 
-    def _full_pass(self, epoch: int, salt: tuple[int, ...]) -> Iterable[int]:
-        """Return all examples; when shuffling, some again so that ranks have equal shares."""
-        order = self._order(epoch, salt)
-        size = len(order) // self.multiple * self.multiple
-        padded = len(self) * distrib.world_size() if self.shuffle else size
-        return itertools.islice(itertools.cycle(order), padded)
-
-    def _window(self, epoch: int, salt: tuple[int, ...]) -> Iterable[int]:
-        """Return the epoch's window on an endless sequence of shuffled datasets."""
-        size, examples = len(self.dataset), self.examples or 0
-        number, skipped = divmod(epoch * examples, size)
+    def _pass(self, epoch: int, salt: tuple[int, ...]) -> Iterable[int]:
+        """Return the indices of all ranks: a window on an endless sequence of orders."""
+        number, begin = epoch, 0
+        if self.examples:
+            number, begin = divmod(epoch * self.examples, len(self.dataset))
         orders = (self._order(n, salt) for n in itertools.count(number))
-        return itertools.islice(itertools.chain.from_iterable(orders), skipped, skipped + examples)
+        return itertools.islice(itertools.chain.from_iterable(orders), begin, begin + self._size)
 
     def order(self, generator: torch.Generator) -> list[int]:
         """Return an index for each example, for a pass of all ranks together.

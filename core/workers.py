@@ -27,8 +27,11 @@ def options(seed: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     start = _WorkerStart(seed, kwargs.get("worker_init_fn"))
     kwargs = kwargs | {"worker_init_fn": start}
-    if kwargs.get("num_workers") and _forks(kwargs.get("multiprocessing_context")):
-        kwargs["multiprocessing_context"] = _fork_context()
+    if kwargs.get("num_workers"):
+        if "sampler" in kwargs:
+            kwargs["sampler"].index = Index
+        if _forks(kwargs.get("multiprocessing_context")):
+            kwargs["multiprocessing_context"] = _fork_context()
     return kwargs
 
 
