@@ -80,8 +80,6 @@ class Requests:
     def renew(self) -> None:
         """Count the minutes from now, as all is saved."""
         self._saved = time.monotonic()
-        if not self.signal and not distrib.is_distributed():
-            self.due = math.inf
 
     # ------------------------------------------------------------------------- in the main thread
 
@@ -99,8 +97,7 @@ class Requests:
             saves: whether the loop can be saved between two steps.
         """
         self.step, self._saves, self._loop = step, saves, place
-        if self.signal and not distrib.is_distributed():
-            self.due = 0
+        self._ask()
         try:
             yield
         finally:
@@ -112,23 +109,22 @@ class Requests:
     def answer(self, ready: bool) -> str:
         """Return `stop` or `save` if all ranks are ready after this step, else an empty text."""
         if not distrib.is_distributed():
-            self.due = self.due if not ready else math.inf
-            return "" if not ready else "stop" if self.signal else "save"
+            self.due = math.inf if ready else self.due
+            return self._wanted() if ready else ""
         with self._lock:
             number, kind = self._open
             if self.step < self.due:  # a new proposal has come since the loop looked
                 return ""
         distrib.post(f"{self._scope}{number} {distrib.rank()}", "ready" if ready else "veto")
-        heard: dict[int, tuple[str, float]] = {}  # the last sign of life of a rank, and when
+        heard: dict[tuple[int, str], float] = {}  # when a rank's sign of life was first seen
         while (replies := self._replies(number)).count("ready") < distrib.world_size():
             if "veto" in replies:
                 kind = ""
                 break
             for other in (rank for rank, reply in enumerate(replies) if not reply):
                 beat = distrib.read(f"{self._scope}alive {other}")
-                if heard.get(other, ("", 0.0))[0] != beat or other not in heard:
-                    heard[other] = beat, time.monotonic()
-                if time.monotonic() - heard[other][1] > SILENCE:
+                since = heard.setdefault((other, beat), time.monotonic())
+                if time.monotonic() - since > SILENCE:
                     distrib.this_process.broken = True
                     raise RuntimeError(f"no word from rank {other}, which has ended or hangs")
             time.sleep(0.005)
@@ -140,8 +136,7 @@ class Requests:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.signal:
             self.signal, self._asked = signal.Signals(number).name, time.monotonic()
-            if not distrib.is_distributed():
-                self.due = 0
+            self._ask()
         elif time.monotonic() - self._asked > REPEAT:
             raise KeyboardInterrupt
 
@@ -150,9 +145,8 @@ class Requests:
     def _watch(self, ended: threading.Event) -> None:
         step, polls = 0, 1
         while not ended.wait(POLL):
+            self._ask()
             if not distrib.is_distributed():
-                if self.signal or (self._loop and self._wanted()):
-                    self.due = 0
                 continue
             if self.signal:
                 distrib.post(f"{self._scope}signal", self.signal)
@@ -167,6 +161,11 @@ class Requests:
             step = self.step
             distrib.post(f"{self._scope}alive {distrib.rank()}", str(time.monotonic()))
             self._read_proposal()
+
+    def _ask(self) -> None:
+        """Ask for an answer after this step, if there is no other rank to agree with."""
+        if not distrib.is_distributed() and self._loop and self._wanted():
+            self.due = 0
 
     def _wanted(self) -> str:
         if self.signal:
@@ -191,8 +190,7 @@ class Requests:
 
     def _veto(self) -> None:
         self.due = math.inf
-        if distrib.is_distributed():
-            distrib.post(f"{self._scope}{self._open[0]} {distrib.rank()}", "veto")
+        distrib.post(f"{self._scope}{self._open[0]} {distrib.rank()}", "veto")
 
     def _replies(self, number: int) -> list[str]:
         ranks = range(distrib.world_size())
