@@ -139,21 +139,19 @@ class Writer:
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
             if key not in self._copies:
                 pin = tensor.device.type not in ("cpu", "mps")
-                empty = spare.get(key)
-                if empty is None:
-                    empty = torch.empty_like(tensor, device="cpu", pin_memory=pin)
-                self._copies[key] = empty.copy_(tensor.detach(), non_blocking=pin)
+                if key not in spare:
+                    spare[key] = torch.empty_like(tensor, device="cpu", pin_memory=pin)
+                self._copies[key] = spare[key].copy_(tensor.detach(), non_blocking=pin)
             return self._copies[key]
 
         copied = to_plain(state, copy=copy)
-        copies_end = None
-        if any(not tensor.is_cpu for tensor in sources):
-            copies_end = torch.accelerator.current_stream().record_event()
+        devices = {tensor.device for tensor in sources if not tensor.is_cpu}
+        ends = [torch.accelerator.current_stream(device).record_event() for device in devices]
 
         def work() -> None:
             time.sleep(0.005)  # else Python lets this thread run first, and the training waits
-            if copies_end is not None:
-                copies_end.synchronize()
+            for end in ends:
+                end.synchronize()
             write(copied)
 
         self._pending = _threads.submit(work)
