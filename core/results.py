@@ -174,16 +174,17 @@ def to_numbers(metrics: Metrics) -> dict[str, Any]:
 
 
 class Logs:
-    """The logging of a solver; each method may be overridden."""
-
-    xp: XP
-    history: list[dict[str, Any]]
-    logger: logging.Logger
-    result_logger: ResultLogger
-    _pending_metrics: dict[str, Any]
-    _current_stage: Any  # the running one, if any
+    """The metrics and the logging of a solver; each method may be overridden."""
 
     averager = Averages
+
+    def __init__(self, xp: XP) -> None:
+        self.xp = xp
+        self.logger = logging.getLogger(type(self).__name__)
+        self.result_logger = ResultLogger(self.logger, xp=xp)
+        self.history: list[dict[str, Any]] = []
+        self._pending_metrics: dict[str, Any] = {}  # of this epoch, by stage
+        self._current_stage: Any = None  # the running one, if any
 
     @property
     def epoch(self) -> int:

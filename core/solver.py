@@ -6,7 +6,6 @@ Subclass `BaseSolver`, register the state, write `run()`. Everything here may be
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -21,7 +20,7 @@ from . import checkpoint, distrib, versions
 from .checkpoint import Cursor, Policy, Writer
 from .modules import lending, lent
 from .plain import to_plain
-from .results import Logs, ResultLogger
+from .results import Logs
 from .rng import get_rng_state, position
 from .run import XP, FolderXP, check_config, get_xp, locked, read_history, write_history
 from .state import AttributeWrapper, StateDict, StateManager
@@ -38,15 +37,14 @@ class BaseSolver(Logs):
         checkpoint: a `Policy`, or a config with its keys.
     """
 
+    _current_stage: Stage | None
+
     def __init__(
         self,
         xp: XP | str | Path | None = None,
         checkpoint: Policy | Mapping[str, Any] | None = None,
     ) -> None:
-        self.xp: XP = FolderXP(Path(xp)) if isinstance(xp, (str, Path)) else xp or get_xp()
-        self.logger = logging.getLogger(type(self).__name__)
-        self.result_logger = ResultLogger(self.logger, xp=self.xp)
-        self.history: list[dict[str, Any]] = []
+        super().__init__(FolderXP(Path(xp)) if isinstance(xp, (str, Path)) else xp or get_xp())
         self.stateful = StateManager()
         self.register_stateful("history")
         self.register_stateful("xp.cfg", "xp.sig", write_only=True)
@@ -54,8 +52,6 @@ class BaseSolver(Logs):
         self.__writer = Writer()
         self.__requests = Requests()
         self.__read_only = self.__trained = False
-        self._current_stage: Stage | None = None
-        self._pending_metrics: dict[str, Any] = {}  # of this epoch, by stage
         self.__epoch = Epoch(1, {})
         # A commit that is overridden may write files of its own: none is written within an epoch
         # before one has come to the commit of this class.
