@@ -89,7 +89,7 @@ class Cursor:
 
     Args:
         done: names and metrics of the epoch's finished stages.
-        stage: name of the running stage; empty between two stages.
+        stage: name of the running stage; empty between two epochs, in a commit.
         step: finished steps of its loop.
         seconds: since the stage began.
         counts: steps since the run began, by stage.
@@ -105,11 +105,6 @@ class Cursor:
     counts: dict[str, int] = field(default_factory=dict)
     ranks: list[StateDict] = field(default_factory=list)
     logged: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_commit(self) -> bool:
-        """Whether the run is between two epochs."""
-        return not (self.done or self.stage)
 
 
 # --------------------------------------------------------------------------------------- writing
@@ -193,12 +188,13 @@ def save(
         cursor: where the run is; a commit by default.
     """
     cursor, policy, epoch = cursor or Cursor(), policy or Policy(), len(history)
+    is_commit = not cursor.stage
     try:
         if path.exists():
             _keep_previous(path, epoch)
-        kept = older(path).keys() | ({epoch} if cursor.is_commit and epoch else set())
+        kept = older(path).keys() | ({epoch} if is_commit and epoch else set())
         best = policy.best_epoch(history, kept) if policy.best else None
-        about = {"format": FORMAT, "epoch": epoch, "best": best, "commit": cursor.is_commit}
+        about = {"format": FORMAT, "epoch": epoch, "best": best, "commit": is_commit}
         about |= {"ranks": distrib.world_size(), "cursor": to_plain(vars(cursor))}
         with write_and_rename(path) as file:
             torch.save({"checkpoint": about, **state}, file)
@@ -207,7 +203,7 @@ def save(
             f"epoch {epoch} could not be saved to {path}: {error.__context__ or error}; "
             "earlier checkpoints are intact: mend that, and the same command resumes"
         ) from error
-    if cursor.is_commit:
+    if is_commit:
         _prune(path, history, policy, best)
 
 

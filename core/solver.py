@@ -21,10 +21,10 @@ from .checkpoint import Cursor, Policy, Writer
 from .modules import lending, lent
 from .plain import to_plain
 from .results import Logs
-from .rng import get_rng_state, position
+from .rng import get_rng_state, position, set_rng_state
 from .run import XP, FolderXP, check_config, get_xp, locked, read_history, write_history
 from .state import AttributeWrapper, StateDict, StateManager
-from .steps import Epoch, Stage, Steps, T
+from .steps import Epoch, Stage, Steps, T, share
 from .stop import Requests, Stopped
 from .utils import Accumulation, UserError
 
@@ -52,7 +52,7 @@ class BaseSolver(Logs):
         self.__writer = Writer()
         self.__requests = Requests()
         self.__read_only = self.__trained = False
-        self.__epoch = Epoch(1, {})
+        self.__epoch = Epoch()
         # A commit that is overridden may write files of its own: none is written within an epoch
         # before one has come to the commit of this class.
         self.__commits_here = type(self).commit is BaseSolver.commit
@@ -159,7 +159,7 @@ class BaseSolver(Logs):
         state = self.state_dict() | {"rng": {"ranks": [theirs.pop("rng") for theirs in ranks]}}
         cursor, history = Cursor(counts=self.__epoch.counts, ranks=ranks), [*self.history]
         if stage is not None:
-            cursor = self.__epoch.position(stage, ranks, deepcopy(self._pending_metrics))
+            cursor = stage.cursor(ranks, deepcopy(self._pending_metrics))
         self.result_logger.flush()
 
         def write(state: StateDict) -> None:
@@ -194,8 +194,9 @@ class BaseSolver(Logs):
             return False
         cursor = checkpoint.pop_cursor(state)
         check_config(self.xp, state.get("xp.cfg") or {}, strict)
+        state = self.__usable(state, strict)
         # What comes before the cursor may change what is loaded here; there it is loaded once more.
-        self.__load(state if cursor.is_commit else deepcopy(state), strict)
+        self.__load(deepcopy(state) if cursor.stage else state)
         if distrib.is_rank_zero():
             write_history(self.xp.link, self.history)
         self._start_epoch()
@@ -203,37 +204,37 @@ class BaseSolver(Logs):
         self.result_logger.resume(self.epoch, [*cursor.logged], counts)
         self.replay_history()
         if cursor.ranks:
-            self.__resume(state if strict else self.stateful.fitting(state)[0], cursor)
-            self._pending_metrics = cursor.logged
+            self.__resume(state, cursor)
             self.__commits_here = True
         return True
 
     def __resume(self, state: StateDict, cursor: Cursor) -> None:
         """Continue at a cursor, as soon as the run has come there again."""
-
-        def load() -> None:
-            self.load_state_dict(state)
-            self.on_restore()
-            self.result_logger.paused = False
-
-        if cursor.is_commit:
-            Epoch(self.epoch, cursor.counts, cursor).arrive()
-            self.__epoch = Epoch(self.epoch, cursor.counts)
-        else:
-            self.__epoch = Epoch(self.epoch, cursor.counts, cursor, load)
+        mine = share(cursor, self.epoch)
+        if cursor.stage:
+            self.__epoch = Epoch(cursor.counts, cursor, mine, partial(self.__load, state))
+            self._pending_metrics = cursor.logged
             self.result_logger.paused = True
+        else:
+            self.__epoch = Epoch(cursor.counts)
+            set_rng_state(mine["now"])
 
-    def __load(self, state: StateDict, strict: bool) -> None:
-        """Restore all registered state, and insist on completeness."""
+    def __usable(self, state: StateDict, strict: bool) -> StateDict:
+        """Return the part of a state to load, and insist on completeness."""
         missing = self.stateful.missing(state)
         fitting, problems = self.stateful.fitting(state)
         # With strict, `load_state_dict` judges what does not fit: an override may mend it first.
         if missing or not strict:
             self.stateful.refuse(missing + problems, strict)
-        self.load_state_dict(state if strict else fitting)
+        return state if strict else fitting
+
+    def __load(self, state: StateDict) -> None:
+        """Load a state; the run is there, so results are logged from here on."""
+        self.load_state_dict(state)
         for optimizer in self.stateful.values(Optimizer).values():
             optimizer.zero_grad()  # of a step that was interrupted in this process
         self.on_restore()
+        self.result_logger.paused = False
 
     def on_restore(self) -> None:
         """Change restored state, such as a learning rate: called after each load."""
@@ -241,7 +242,8 @@ class BaseSolver(Logs):
     def __look(self, strict: bool, version: str) -> bool:
         """Restore a version to be inspected."""
         if exists := any(self.folder.glob("checkpoint*.th")):
-            self.__load(versions.read_version(self.checkpoint_path, version), strict)
+            state = versions.read_version(self.checkpoint_path, version)
+            self.__load(self.__usable(state, strict))
         self.result_logger.trackers.clear()
         self.__read_only = exists
         return exists
@@ -284,7 +286,7 @@ class BaseSolver(Logs):
     def _start_epoch(self) -> None:
         """Forget the stages of the last epoch. A commit of your own ends with this call."""
         self._pending_metrics = {}
-        self.__epoch = Epoch(self.epoch, self.__epoch.counts)
+        self.__epoch = Epoch(self.__epoch.counts)
         self.result_logger.paused = False
 
     # ------------------------------------------------------------------------------------- state
@@ -337,8 +339,6 @@ class BaseSolver(Logs):
             self.__requests.agree()
         if self.__requests.agreed:
             self.__stop(self.__requests.agreed, f"epoch {self.epoch - 1}")
-        if self.__epoch.number != self.epoch:  # the history was loaded by other code than `restore`
-            self.__epoch = Epoch(self.epoch, self.__epoch.counts)
         if (known := self.__epoch.skip(stage_name)) is not None:
             return known
         for optimizer in self.stateful.values(Optimizer).values():
@@ -346,21 +346,24 @@ class BaseSolver(Logs):
         # With weights lent by the caller, nothing could be saved in this stage.
         can_save = self.__commits_here and not lending.get()
         requests = self.__requests if can_save else Requests()
-        checks = self.__is_ready, self.stateful.holds
-        stage = Stage(stage_name, self.__epoch, requests, self.__save, *checks)
+        stage = self.__stage(stage_name, self.__epoch, requests)
         self._current_stage, token = stage, position.set(stage.here)
         try:
-            metrics = stage.result(method(*args, **kwargs))
-            self.__epoch.finish(stage, metrics)
+            metrics = stage.finish(method(*args, **kwargs))
         except Stopped as stopped:
-            stage.unwind()
+            if not stage.step:  # an evaluation, which has changed nothing but generators
+                set_rng_state(stage.at_start)
+                self.__save(stage)
             self.__stop(str(stopped), f"step {stage.step} of {stage_name} in epoch {self.epoch}")
         finally:
             self._current_stage = None
             position.reset(token)
-            stage.steps = None  # a cycle would keep the solver, and its model, alive
         self.log_metrics(stage_name, metrics)
         return metrics
+
+    def __stage(self, name: str, epoch: Epoch, requests: Requests) -> Stage:
+        checks = self.__is_ready, self.stateful.holds
+        return Stage(name, self.epoch, epoch, requests, self.__save, *checks)
 
     def __stop(self, asked: str, where: str) -> None:
         self.__wait()
@@ -385,4 +388,6 @@ class BaseSolver(Logs):
                 `beta`, forgetting factor of the averages; `total`, if the data has no length.
         """
         bar, log_step = partial(self.log_progress, updates=updates), self.result_logger.log_step
-        return Steps(data, self._current_stage, bar, log_step, every, **options)
+        if (stage := self._current_stage) is None:  # a pass that iterates and averages, no more
+            stage, every = self.__stage("steps", Epoch(), Requests()), 0
+        return Steps(data, stage, bar, log_step, every, **options)
