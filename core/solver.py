@@ -128,7 +128,7 @@ class BaseSolver(Logs):
         self.__commits_here = True
         self.__wait()
         self.__requests.agree()
-        if not self.__is_ready():
+        if not self.stateful.is_complete():
             self.logger.warning("Gradients are pending at a commit, and are not saved")
         self.history.append(self._pending_metrics)
         try:
@@ -241,12 +241,12 @@ class BaseSolver(Logs):
 
     def __look(self, strict: bool, version: str) -> bool:
         """Restore a version to be inspected."""
-        if exists := any(self.folder.glob("checkpoint*.th")):
+        self.__read_only = any(self.folder.glob("checkpoint*.th"))
+        if self.__read_only:
             state = versions.read_version(self.checkpoint_path, version)
             self.__load(self.__usable(state, strict))
         self.result_logger.trackers.clear()
-        self.__read_only = exists
-        return exists
+        return self.__read_only
 
     def continue_from(
         self,
@@ -315,11 +315,6 @@ class BaseSolver(Logs):
             raise RuntimeError("weights are lent: leave `swapped()` or `weights()` before a load")
         self.stateful.load_state_dict(state)
 
-    def __is_ready(self) -> bool:
-        """Return whether the state is complete: no weights are lent, no gradients pending."""
-        optimizers = self.stateful.values(Optimizer).values()
-        return not lending.get() and not any(Accumulation.of(o).is_pending(o) for o in optimizers)
-
     # ------------------------------------------------------------------------------------ stages
 
     def run_stage(
@@ -346,7 +341,7 @@ class BaseSolver(Logs):
         # With weights lent by the caller, nothing could be saved in this stage.
         can_save = self.__commits_here and not lending.get()
         requests = self.__requests if can_save else Requests()
-        stage = self.__stage(stage_name, self.__epoch, requests)
+        stage = Stage(stage_name, self.epoch, self.__epoch, requests, self.stateful, self.__save)
         self._current_stage, token = stage, position.set(stage.here)
         try:
             metrics = stage.finish(method(*args, **kwargs))
@@ -360,10 +355,6 @@ class BaseSolver(Logs):
             position.reset(token)
         self.log_metrics(stage_name, metrics)
         return metrics
-
-    def __stage(self, name: str, epoch: Epoch, requests: Requests) -> Stage:
-        checks = self.__is_ready, self.stateful.holds
-        return Stage(name, self.epoch, epoch, requests, self.__save, *checks)
 
     def __stop(self, asked: str, where: str) -> None:
         self.__wait()
@@ -389,5 +380,6 @@ class BaseSolver(Logs):
         """
         bar, log_step = partial(self.log_progress, updates=updates), self.result_logger.log_step
         if (stage := self._current_stage) is None:  # a pass that iterates and averages, no more
-            stage, every = self.__stage("steps", Epoch(), Requests()), 0
+            stage = Stage("steps", self.epoch, Epoch(), Requests(), self.stateful, self.__save)
+            every = 0
         return Steps(data, stage, bar, log_step, every, **options)

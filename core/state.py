@@ -19,9 +19,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .modules import fit_module, load_module_state, module_state, other_shape, shard_like
+from .modules import (
+    fit_module,
+    lending,
+    load_module_state,
+    module_state,
+    other_shape,
+    shard_like,
+)
 from .plain import from_plain, to_plain
-from .utils import UserError
+from .utils import Accumulation, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -271,6 +278,11 @@ class StateManager:
         """Return whether an object with a state of its own is registered."""
         registered = self.values(object).values()
         return hasattr(value, "load_state_dict") and any(value is known for known in registered)
+
+    def is_complete(self) -> bool:
+        """Return whether a save holds all there is: no weights are lent, no gradients pending."""
+        optimizers = self.values(Optimizer).values()
+        return not lending.get() and not any(Accumulation.of(o).is_pending(o) for o in optimizers)
 
     def values(self, kind: type[T]) -> dict[str, T]:
         """Return the registered attributes of a type, by name."""

@@ -18,7 +18,7 @@ from .log import LogProgressBar
 from .metrics import Averages, added
 from .results import to_numbers
 from .rng import Position, derive_seed, get_rng_state, seed_process, set_rng_state
-from .state import StateDict
+from .state import StateDict, StateManager
 from .stop import Requests, Stopped
 from .utils import UserError, length
 
@@ -73,18 +73,16 @@ class Stage:
         number: of the epoch, from 1.
         epoch: of the stage.
         requests: to be answered between two steps.
+        stateful: the registered state.
         save: saves the state, with the position in this stage.
-        is_ready: whether a save is possible: no weights lent, no gradients pending.
-        is_registered: whether an object is registered as state.
     """
 
     name: str
     number: int
     epoch: Epoch
     requests: Requests
+    stateful: StateManager
     save: Callable[[Stage], None]
-    is_ready: Callable[[], bool]
-    is_registered: Callable[[object], bool]
 
     def __post_init__(self) -> None:
         self.has_loop = False
@@ -241,7 +239,7 @@ class Steps(Generic[T]):
     def _answer(self, stage: Stage, requests: Requests) -> None:
         """Save, and end the run if asked to. Without gradients the stage begins again instead."""
         training = torch.is_grad_enabled()
-        ready = not training or stage.is_ready()
+        ready = not training or stage.stateful.is_complete()
         request = requests.answer(ready)
         if not (ready or self._waits):
             self._waits = True
@@ -269,7 +267,7 @@ class Steps(Generic[T]):
             raise UserError(f"{stage.name} was saved with another batch size over all processes")
         stage.averages.load_state_dict(mine["averages"])
         stage.at_begin = mine["loop"]
-        if stage.is_registered(self.data):  # knows where it is, when its state is loaded
+        if stage.stateful.holds(self.data):  # knows where it is, when its state is loaded
             stage.epoch.arrive()
             skipped = 0
         elif isinstance(sampler, EpochSampler):
