@@ -42,6 +42,7 @@ TOOLS = (
     "pytest-xdist",
     "ruff",
     "sp-repo-review[cli]",
+    "torchdata",
     "zizmor",
 )
 PEERS = ("accelerate", "flashy", "lightning", "lightning-fabric", "pytorch-ignite")

@@ -199,8 +199,11 @@ def save(
         with write_and_rename(path) as file:
             torch.save({"checkpoint": about, **state}, file)
     except (OSError, RuntimeError) as error:
+        why: BaseException | None = error
+        while why is not None and not isinstance(why, OSError):  # such as a full disk
+            why = why.__context__
         raise CheckpointError(
-            f"epoch {epoch} could not be saved to {path}: {error.__context__ or error}; "
+            f"epoch {epoch} could not be saved to {path}: {why or error}; "
             "earlier checkpoints are intact: mend that, and the same command resumes"
         ) from error
     if is_commit:
@@ -210,7 +213,7 @@ def save(
 def older(path: Path) -> dict[int, Path]:
     """Return the older checkpoints, by epoch in rising order."""
     found = path.parent.glob(f"{path.stem}.*{path.suffix}")
-    marks = {p.name[len(path.stem) + 1 : -len(path.suffix)]: p for p in found}
+    marks = {p.name[len(path.stem) + 1 : -len(path.suffix)]: p for p in found if p.is_file()}
     return dict(sorted((int(mark), p) for mark, p in marks.items() if mark.isdecimal()))
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sized
+import warnings
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from .rng import Position, derive_seed, position
 from .utils import UserError
 
 logger = logging.getLogger(__name__)
+
+CHUNK = 2**16  # indices that are made Python numbers at a time
 
 
 def set_epoch(epoch: int) -> None:
@@ -142,33 +145,40 @@ class EpochSampler(Sampler[int]):
         salt = number, *filter(None, (here.stage, here.step))
         first, ranks = self._skipped + distrib.rank(), distrib.world_size()
         self._skipped = 0
-        mine = itertools.islice(self._pass(here.epoch, salt), first, None, ranks)
+        mine = itertools.islice(self._pass(here.epoch, salt, first), 0, None, ranks)
         if self.index is None:
             yield from mine
-            return
-        for place, example in zip(itertools.count(first, ranks), mine, strict=False):
-            yield self.index(example, (here.epoch, *salt, place))
+        else:
+            for place, example in zip(itertools.count(first, ranks), mine, strict=False):
+                yield self.index(example, (here.epoch, *salt, place))
+        if position.get() is not here:
+            warnings.warn(
+                "a pass over loader() began in an earlier stage: after a resume it begins anew; "
+                "iterate over the loader in each stage, if need be with updates_per_epoch=",
+                stacklevel=2,
+            )
 
-    def _pass(self, epoch: int, salt: tuple[int, ...]) -> Iterable[int]:
-        """Return the indices of all ranks: a window on an endless sequence of orders."""
-        number, begin = epoch, 0
-        if self.examples:
-            number, begin = divmod(epoch * self.examples, len(self.dataset))
-        orders = (self._order(n, salt) for n in itertools.count(number))
-        return itertools.islice(itertools.chain.from_iterable(orders), begin, begin + self._size)
+    def _pass(self, epoch: int, salt: tuple[int, ...], first: int) -> Iterator[int]:
+        """Yield the indices of all ranks from `first` on: a window on endless orders."""
+        left, size = self._size - first, len(self.dataset)
+        begin = epoch * (self.examples or size) + first
+        while left > 0:
+            number, skipped = divmod(begin, size)
+            order = self._order(number, salt)[skipped : skipped + left]
+            for at in range(0, len(order), CHUNK):
+                part = order[at : at + CHUNK]
+                yield from part.tolist() if isinstance(part, torch.Tensor) else part
+            begin, left = begin + len(order), left - len(order)
 
-    def order(self, generator: torch.Generator) -> list[int]:
+    def order(self, generator: torch.Generator) -> Sequence[int] | torch.Tensor:
         """Return an index for each example, for a pass of all ranks together.
 
         Override for another order, and draw on `generator` alone, seeded for each pass.
         """
         size = len(self.dataset)
-        if not self.shuffle:
-            return list(range(size))
-        order: list[int] = torch.randperm(size, generator=generator).tolist()
-        return order
+        return torch.randperm(size, generator=generator) if self.shuffle else range(size)
 
-    def _order(self, number: int, salt: tuple[int, ...]) -> list[int]:
+    def _order(self, number: int, salt: tuple[int, ...]) -> Sequence[int] | torch.Tensor:
         seed = derive_seed(self.seed, number, *salt)
         order = self.order(torch.Generator().manual_seed(seed))
         if len(order) != (size := len(self.dataset)):

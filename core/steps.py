@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch.utils.data import IterableDataset
 
 from . import distrib
 from .checkpoint import Cursor
@@ -88,7 +90,7 @@ class Stage:
         self.has_loop = False
         self.step = 0  # finished steps of the loop
         self.logged = 0  # number of the last step whose metrics were logged
-        self.batch = 0  # examples of a step over all ranks, if dealt out by our sampler
+        self.layout: tuple[int, ...] = ()  # of the data: numbers that change their order
         self.averages = Averages()
         self.at_begin: StateDict = {}  # the generators when the loop began
         # By name: a rank may have run a stage of its own before. A second run has another order.
@@ -118,7 +120,7 @@ class Stage:
 
     def rank_state(self) -> StateDict:
         """Return the entry of this rank in `Cursor.ranks`."""
-        mine = {"start": self.at_start, "loop": self.at_begin, "batch": self.batch}
+        mine = {"start": self.at_start, "loop": self.at_begin, "layout": self.layout}
         return mine | {"averages": self.averages.state_dict()}
 
     def cursor(self, ranks: list[StateDict], logged: dict[str, Any]) -> Cursor:
@@ -254,24 +256,27 @@ class Steps(Generic[T]):
     def _begin(self) -> Iterator[T]:
         """Return the data's iterator; resume generators, state and averages as they were."""
         stage = self.stage
-        stage.at_begin = get_rng_state()
+        stage.at_begin, stage.layout = get_rng_state(), layout(self.data)
         sampler = getattr(self.data, "sampler", None)
-        if isinstance(sampler, EpochSampler):
-            stage.batch = (getattr(self.data, "batch_size", None) or 1) * distrib.world_size()
+        if stage.requests.listens:
+            self._check_data(isinstance(sampler, EpochSampler))
         if (cursor := stage.epoch.cursor) is None:
             return iter(self.data)
         mine, skipped = stage.epoch.mine, stage.step
         if self.beta != 1 and len(cursor.ranks) != distrib.world_size():
             raise UserError(f"{stage.name}: averages with beta= need the same number of processes")
-        if cursor.ranks[0]["batch"] != stage.batch:
-            raise UserError(f"{stage.name} was saved with another batch size over all processes")
+        if cursor.ranks[0]["layout"] != stage.layout:
+            raise UserError(
+                f"{stage.name} was saved with another batch size over all processes, or, of a "
+                "stream, with another number of workers or processes"
+            )
         stage.averages.load_state_dict(mine["averages"])
         stage.at_begin = mine["loop"]
         if stage.stateful.holds(self.data):  # knows where it is, when its state is loaded
             stage.epoch.arrive()
             skipped = 0
         elif isinstance(sampler, EpochSampler):
-            sampler.skip(stage.step * stage.batch)
+            sampler.skip(stage.step * stage.layout[0])
             skipped = 0
         set_rng_state(mine["loop"])
         iterator = iter(self.data)
@@ -280,6 +285,30 @@ class Steps(Generic[T]):
         stage.epoch.arrive()
         set_rng_state(mine["now"])
         return iterator
+
+    def _check_data(self, dealt_out: bool) -> None:
+        """Refuse or name data that would be other data after a resume."""
+        known = self.stage.stateful.holds(self.data)
+        if hasattr(self.data, "load_state_dict") and known == dealt_out:
+            cure = "loader() resumes by itself: do not register it" if known else "register it"
+            raise UserError(f"{self.stage.name}: the data loader has a state of its own; {cure}")
+        stream = isinstance(getattr(self.data, "dataset", None), IterableDataset)
+        own = getattr(self.data, "generator", None) is not None
+        if own and not (known or dealt_out or stream):
+            warnings.warn("a DataLoader with a generator resumes with other data", stacklevel=4)
+
+
+def layout(data: Any) -> tuple[int, ...]:
+    """Return the numbers besides the seed on which the order of data depends.
+
+    Of `loader` the global batch; of a stream the batch and the numbers of workers and ranks.
+    """
+    batch, ranks = getattr(data, "batch_size", None) or 1, distrib.world_size()
+    if isinstance(getattr(data, "sampler", None), EpochSampler):
+        return (batch * ranks,)
+    if isinstance(getattr(data, "dataset", None), IterableDataset):
+        return batch, getattr(data, "num_workers", 0), ranks
+    return ()
 
 
 def share(cursor: Cursor, *seeds: int) -> StateDict:

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from core import BaseSolver, averager, checkpoint
 from core.ema import EMA
+from core.run import FolderXP
 from core.tests.test_solver import Solver, guarded
 from core.utils import UserError
 
@@ -222,7 +224,7 @@ def test_unknown_tracker_and_missing_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'tensorbord'"):
         Solver(tmp_path).init_trackers(["tensorbord"])
     with pytest.raises(AttributeError, match="train"):
-        BaseSolver(tmp_path).run()
+        BaseSolver(FolderXP(tmp_path, OmegaConf.create({"epochs": 1}))).run()
     with pytest.raises(RuntimeError, match="dora run"):
         BaseSolver()
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
 
+from core import BaseSolver
 from core.data import loader
-from core.tests.test_data import be_rank
+from core.stop import Stopped
+from core.tests.test_data import Numbers, be_rank
+from core.utils import UserError
 
 
 class Whole(IterableDataset[int]):
@@ -123,3 +131,108 @@ def test_the_seed_of_a_worker_is_given_by_the_epoch_alone() -> None:
     first = [int(seed) for seed in loader(Seeds(), 1, num_workers=1)]
     torch.manual_seed(2)
     assert [int(seed) for seed in loader(Seeds(), 1, num_workers=1)] == first
+
+
+# --------------------------------------------------------------------------- stopped and resumed
+
+
+class Reader(BaseSolver):
+    """Reads its data for two epochs."""
+
+    def __init__(self, folder: Path, data: Iterable[Any], registered: bool = False) -> None:
+        super().__init__(folder)
+        self.data = data
+        if registered:
+            self.register_stateful("data")
+        self.seen: list[tuple[int, list[int]]] = []
+        self.stop_after = 0
+
+    def run(self) -> None:
+        with self.running():
+            while self.epoch <= 2:
+                self.run_stage("train", self.train)
+                self.commit()
+
+    def train(self) -> dict[str, float]:
+        steps = self.steps(self.data)
+        for batch in steps:
+            self.seen.append((self.epoch, torch.as_tensor(batch).tolist()))
+            steps.log({"x": 0.0})
+            if len(self.seen) == self.stop_after:
+                os.kill(os.getpid(), signal.SIGUSR1)
+        return steps.metrics()
+
+
+def stateful(workers: int) -> Any:
+    return StatefulDataLoader(Numbers(24), 2, shuffle=True, num_workers=workers)
+
+
+def dealt_out(workers: int) -> Any:
+    return loader(Numbers(24), 2, shuffle=True, klass=StatefulDataLoader, num_workers=workers)
+
+
+@pytest.mark.parametrize(("make", "registered"), [(stateful, True), (dealt_out, False)])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop_after", [3, 12, 15])
+def test_a_stateful_loader_resumes(
+    make: Any, registered: bool, workers: int, stop_after: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    whole = Reader(tmp_path / "whole", make(workers), registered)
+    whole.run()
+    torch.manual_seed(0)
+    stopped = Reader(tmp_path / "parts", make(workers), registered)
+    stopped.stop_after = stop_after
+    with pytest.raises(Stopped):
+        stopped.run()
+    resumed = Reader(tmp_path / "parts", make(workers), registered)
+    resumed.run()
+    assert stopped.seen + resumed.seen == whole.seen
+
+
+@pytest.mark.parametrize(("make", "registered"), [(stateful, False), (dealt_out, True)])
+def test_a_loader_that_would_resume_wrongly_is_refused(
+    make: Any, registered: bool, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"train: .*register it"):
+        Reader(tmp_path, make(0), registered).run()
+
+
+def test_a_stream_needs_as_many_workers_as_before(tmp_path: Path) -> None:
+    stopped = Reader(tmp_path, loader(Whole(), 2, num_workers=2))
+    stopped.stop_after = 3
+    with pytest.raises(Stopped):
+        stopped.run()
+    with pytest.raises(UserError, match="another number of workers"):
+        Reader(tmp_path, loader(Whole(), 2, num_workers=1)).run()
+    resumed = Reader(tmp_path, loader(Whole(), 2, num_workers=2))
+    resumed.run()
+    first = [n for epoch, batch in stopped.seen + resumed.seen if epoch == 1 for n in batch]
+    assert sorted(first) == [*range(25)]
+
+
+def test_a_generator_of_the_data_alone_is_named(tmp_path: Path) -> None:
+    own = DataLoader(Numbers(4), 2, shuffle=True, generator=torch.Generator())
+    with pytest.warns(UserWarning, match="DataLoader with a generator"):
+        Reader(tmp_path / "own", own).run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Reader(tmp_path / "plain", DataLoader(Numbers(4), 2, shuffle=True)).run()
+        Reader(tmp_path / "ours", loader(Numbers(4), 2, shuffle=True)).run()
+        Reader(tmp_path / "stream", loader(Whole(), 2)).run()
+
+
+def test_an_iterator_that_lives_on_is_named(tmp_path: Path) -> None:
+    class Cycling:
+        def __init__(self) -> None:
+            self.batches = self.cycle(loader(Numbers(6), 2, shuffle=True))
+
+        def cycle(self, made: Any) -> Iterator[Any]:
+            while True:
+                yield from made
+
+        def __iter__(self) -> Iterator[Any]:
+            return itertools.islice(self.batches, 2)
+
+    with pytest.warns(UserWarning, match="updates_per_epoch"):
+        Reader(tmp_path, Cycling()).run()
