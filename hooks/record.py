@@ -53,10 +53,10 @@ def address(template: str, repo: str, folder: Path) -> str:
         repo: cookiecutter's copy of it.
         folder: where the user is.
     """
-    if (folder / template).exists():
+    if "://" not in template and (folder / template).exists():
         return os.path.abspath(folder / template)
     if not template.endswith(".zip"):
         command = ["git", "-C", repo, "remote", "get-url", "origin"]
         done = subprocess.run(command, capture_output=True, text=True)
         template = done.stdout.strip() or template
-    return re.sub(r"^((?:git\+)?https?://)[^/@]*@", r"\1", template)
+    return re.sub(r"^((?:git\+)?https?://)[^/?#\\]*@", r"\1", template)

@@ -205,6 +205,8 @@ def test_without_hooks_one_line_tells_what_is_missing(render: Render, tmp_path: 
         ("git+https://secret@host/solver.git", "git+https://host/solver.git"),
         ("git@host:me/solver.git", "git@host:me/solver.git"),
         ("ssh://git@host/solver.git", "ssh://git@host/solver.git"),
+        ("https://me:p@ss@host/solver.zip", "https://host/solver.zip"),
+        ("https://host#@other/solver.zip", "https://host#@other/solver.zip"),
     ],
 )
 def test_a_password_is_not_recorded(typed: str, kept: str, tmp_path: Path) -> None:

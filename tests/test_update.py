@@ -547,9 +547,10 @@ CODE = "{{ cycler.__init__.__globals__.os.popen('touch MARK').read() }}"
         ({"commit": None, "version": "0.0.1; touch MARK"}, "0.0.1; touch"),
         ({"answers": {"author_name": CODE}}, "author_name"),
         ({"answers": {"author_name": [CODE]}}, "author_name"),
+        ({"answers": {"author_name": None}}, "author_name"),
         ({"answers": {"project_slug": "../../../mark"}}, "project_slug"),
-        ({"answers": {"--config-file": "MARK.yaml"}}, ""),
-        ({"answers": {"--debug-file": "MARK"}}, ""),
+        ({"answers": {"--config-file": "MARK.yaml"}}, "--config-file"),
+        ({"answers": {"--debug-file": "MARK"}}, "--debug-file"),
     ],
 )
 def test_the_rest_of_a_record_is_not_trusted(
@@ -563,10 +564,140 @@ def test_the_rest_of_a_record_is_not_trusted(
     fields = json.loads(json.dumps(fields).replace("MARK", str(mark)))
     fields |= {"answers": record(project)["answers"] | fields.get("answers", {})}
     claim(project, **fields)
-    if option == "--check":
-        update(project, option, code=1)
+    before = snapshot(project)
+    if (option, culprit) == ("--check", "project_slug"):
+        update(project, option, code=1)  # nothing is rendered, so the template is not asked
     else:
-        assert culprit in update(project, option, code=2 if culprit else 0)
+        assert culprit in update(project, option, code=2)
+    assert snapshot(project) == before
+    assert not mark.exists()
+
+
+@ANYHOW
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("template", []),
+        ("template", None),
+        ("template", "two\nlines"),
+        ("version", 1),
+        ("version", None),
+        ("commit", ["x"]),
+        ("answers", None),
+        ("answers", []),
+        ("answers", "x"),
+    ],
+)
+def test_a_record_of_other_types_is_refused(
+    name: str, value: Any, option: str, project: Path, update: Update
+) -> None:
+    claim(project, **{name: value})
+    assert ".template.json" in update(project, option, code=2)
+
+
+def test_an_answer_on_the_command_line_does_not_hide_a_recorded_one(
+    mark: Path, project: Path, update: Update
+) -> None:
+    """The version that the project came from is rendered with the recorded answers."""
+    hidden = {"author_name": CODE.replace("MARK", str(mark))}
+    claim(project, answers=record(project)["answers"] | hidden)
+    assert "author_name" in update(project, "--dry-run", "--set", "author_name=Me", code=2)
+    assert not mark.exists()
+
+
+def confirm(project: Path, address: str) -> None:
+    """Do as if the user had confirmed an address in this clone."""
+    git(project, "config", "--add", "cookiecutter-solver.template", address)
+
+
+@pytest.mark.parametrize("other", ["127.0.0.1:9#", "127.0.0.1:9?", "127.0.0.1:9\\"])
+def test_what_looks_like_a_password_is_no_other_host(
+    other: str, project: Path, update: Update
+) -> None:
+    confirm(project, "https://good.example/solver.git")
+    named = f"https://{other}@good.example/solver.git"
+    claim(project, template=named)
+    assert repr(named) in update(project, "--check", code=2)
+
+
+def test_the_user_of_ssh_is_part_of_a_confirmed_address(project: Path, update: Update) -> None:
+    address = "ssh://git@good.example/solver.git"
+    confirm(project, address)
+    claim(project, template=address)
+    said = update(project, "--check", code=2, GIT_SSH_COMMAND="false")
+    assert "clone" in said, "it was not fetched"
+    assert "--template" not in said, "it had to be confirmed once more"
+
+
+@pytest.fixture
+def planted(versions: Versions, hostile: Path, project: Path) -> str:
+    """A confirmed URL, recorded in a project that holds a hostile folder of that name."""
+    url = f"file://{versions.repo}"
+    confirm(project, url)
+    shutil.rmtree(hostile / ".git")
+    shutil.copytree(hostile, project / url)
+    claim(project, template=url)
+    return url
+
+
+def test_a_folder_in_the_project_is_not_taken_for_a_url(
+    planted: str, mark: Path, project: Path, update: Update
+) -> None:
+    update(project, "--dry-run")
+    update(project, "--dry-run", "--template", planted)
+    assert not mark.exists()
+
+
+def test_nor_for_that_of_the_version_it_came_from(
+    versions: Versions, planted: str, mark: Path, project: Path, update: Update, tmp_path: Path
+) -> None:
+    update(project, "--dry-run", "--template", str(archive(versions, NEW, tmp_path)))
+    assert not mark.exists()
+
+
+def test_a_commit_of_no_branch_or_tag_is_not_rendered(
+    versions: Versions, hostile: Path, mark: Path, project: Path, update: Update
+) -> None:
+    loose = git(hostile, "rev-parse", "HEAD")
+    git(hostile, "reset", "-q", "--hard", versions.new)
+    claim(project, commit=loose)
+    said = update(project, "--dry-run", "--template", str(hostile), code=2)
+    assert loose[:7] in said
+    assert not mark.exists()
+
+
+@ANYHOW
+def test_files_that_look_like_a_bare_repo_bring_in_no_settings(
+    option: str, hostile: Path, mark: Path, project: Path, update: Update, tmp_path: Path
+) -> None:
+    root = tmp_path / "all"
+    inner = root / "app"
+    shutil.copytree(project, inner)
+    shutil.rmtree(inner / ".git")
+    claimed = json.dumps(record(inner) | {"template": str(hostile)})
+    (inner / ".template.json").write_text(claimed)
+    git(root, "init", "-q")
+    git(inner, "init", "-q", "--bare", ".")
+    confirm(inner, str(hostile))
+    for settings in (["bare", "false"], ["worktree", "."], ["fsmonitor", f"touch {mark};:"]):
+        git(inner, "config", f"core.{settings[0]}", settings[1])
+    git(root, "add", "--force", "app")
+    git(root, "commit", "-qm", "mine")
+    assert repr(str(hostile)) in update(inner, option, code=2)
+    assert not mark.exists()
+
+
+@ANYHOW
+def test_files_of_the_project_are_not_run(
+    option: str, mark: Path, project: Path, update: Update
+) -> None:
+    """Modules where the user stands, and a filter of git's that a commit chooses."""
+    for name in ("cookiecutter", "hooks", "jinja2", "json"):
+        (project / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    (project / ".gitattributes").write_text("* filter=x\n")
+    commit(project)
+    git(project, "config", "filter.x.smudge", f"touch {mark}; cat")
+    update(project, option, code=int(option == "--check"))
     assert not mark.exists()
 
 

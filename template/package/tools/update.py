@@ -10,7 +10,8 @@
 This file fetches the wanted version of the template and starts `hooks/update.py` there, which
 merges. So code from the template's address runs here. `.template.json` names the address, and comes
 with a clone of anybody's repo: an address is confirmed once in each clone, and the clone's own git
-config remembers the answer. `--check` runs nothing of the template.
+config remembers the answer. `--check` runs nothing of the template. Nothing else in the record can
+bring in code: an entry is plain text, or refused.
 
 The exit code is 1 if there are conflicts (with `--check`, if there is something to take) and 2 if
 there is no update. While the package can't be imported, run `python my_research/tools/update.py`.
@@ -27,21 +28,60 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 RECORD = ".template.json"
+KINDS: dict[str, Any] = {"template": str, "version": str, "commit": str | None, "answers": dict}
 CONFIRMED = "cookiecutter-solver.template"  # in the git config of a clone, which no clone inherits
 
 
-class UpdateError(Exception):
+class UpdateError(ValueError):
     """A reason why there is no update, for the user."""
+
+
+def check_answers(answers: Mapping[str, Any]) -> None:
+    """Refuse names like options, and values with code for cookiecutter to render."""
+    for name, value in answers.items():
+        if not name.isidentifier():
+            raise UpdateError(f"the answer {name!r} has no name of a question: remove it")
+        if not isinstance(value, str | bool) or re.search(r"\{[{%#]", str(value)):
+            raise UpdateError(f"the answer {name} is no plain text: leave out {{{{, {{% and {{#")
+
+
+def read(project: Path) -> dict[str, Any]:
+    """Read the record of a project, open to anybody's edits, and refuse all but plain text."""
+    path = project / RECORD
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = {name: dict(found).get(name) for name in KINDS}
+        for name, kind in KINDS.items():
+            if not isinstance(record[name], kind):
+                raise UpdateError(f"{name} is missing, or of the wrong type")
+        for name in ("version", "commit"):
+            if not re.fullmatch(r"\w[\w./+-]*", record[name] or "none"):
+                raise UpdateError(f"{record[name]!r} is no {name}")
+        if not record["template"].isprintable():
+            raise UpdateError(f"{record['template']!r} is no address")
+        check_answers(record["answers"])
+        return record
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UpdateError(f"{path} can't be used: {error}; git has earlier versions") from error
+
+
+def is_url(address: str) -> bool:
+    """Whether an address is a URL, by git's rule: a colon comes before any slash."""
+    return re.match("[^/]*:", address) is not None
 
 
 def git(folder: Path, *arguments: str, check: bool = True) -> str:
     """Run git in a folder, whatever repo may have started this process; return its output."""
     others = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
     env = {k: v for k, v in os.environ.items() if k not in others} | {"LC_ALL": "C"}
-    command = ["git", "-c", "core.hooksPath=/dev/null", *arguments]
+    # A folder of a repo can look like a bare repo, whose settings a commit would bring in.
+    settings = ["-c", "core.hooksPath=/dev/null", "-c", "safe.bareRepository=explicit"]
+    command = ["git", *settings, *arguments]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if check and done.returncode:
         reason = re.search("^(?:fatal|error): .*|$", done.stderr, re.M)
@@ -53,22 +93,27 @@ def fetch(address: str, ref: str | None, scratch: Path) -> Path:
     """Return a folder with a version of the template: a git repo with all others, if there is one.
 
     Args:
-        address: a folder, a git URL or a zip.
+        address: a folder, by its absolute path, a git URL or a zip.
         ref: tag, branch or commit, which takes a git repo; by default the newest commit.
         scratch: a temporary folder.
     """
     where, source = address.removeprefix("git+"), Path(tempfile.mkdtemp(dir=scratch))
     if where.endswith(".zip") and not ref:
-        if "://" in where:
+        if is_url(where):
             where, _ = urllib.request.urlretrieve(where, scratch / "template.zip")
         shutil.unpack_archive(where, source, "zip")
         [source] = source.iterdir()
-    elif Path(where, "cookiecutter.json").exists() and not (ref or Path(where, ".git").exists()):
-        source = Path(where)
-    else:
+    elif ref or is_url(where) or not is_plain(Path(where)):
         git(scratch, "clone", "--quiet", "--no-checkout", "--", where, str(source))
         git(source, "checkout", "--quiet", ref or "HEAD", "--")
+    else:
+        source = Path(where)
     return source
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether a folder holds the template outside of git."""
+    return (folder / "cookiecutter.json").exists() and not (folder / ".git").exists()
 
 
 def confirm(address: str) -> None:
@@ -86,7 +131,10 @@ def confirm(address: str) -> None:
 def check(recorded: str, commit: str | None, source: Path) -> int:
     """Compare the recorded version with a fetched one; return 1 if they differ."""
     about = (source / "core" / "__init__.py").read_text(encoding="utf-8")
-    newest = re.findall('__version__ = "(.+)"', about)[0]
+    found = re.search(r'__version__ = "([\w.+-]+)"', about)
+    if not found:
+        raise UpdateError("that is no template with a version: give another by --template")
+    newest = found[1]
     if commit and (source / ".git").exists():
         recorded += f" {commit:.40}"
         newest += " " + git(source, "rev-parse", "HEAD")
@@ -96,24 +144,22 @@ def check(recorded: str, commit: str | None, source: Path) -> int:
 
 def update(project: Path, args: argparse.Namespace, options: list[str], scratch: Path) -> int:
     """Do what the command line says; return the exit code."""
-    try:
-        record = json.loads((project / RECORD).read_text(encoding="utf-8"))
-        recorded, commit, address = (record[key] for key in ("version", "commit", "template"))
-        address = args.template or address
-        address = os.path.abspath(address) if Path(address).exists() else address
-    except (ValueError, LookupError, TypeError) as error:
-        raise UpdateError(f"{project / RECORD} can't be read: {error}; git has it whole") from error
+    record = read(project)
+    address = args.template or record["template"]
+    if not is_url(address) and Path(address).exists():
+        address = os.path.abspath(address)
     if (args.to or "").startswith("-"):
         raise UpdateError(f"--to {args.to} is an option: give a tag, branch or commit")
-    name = re.sub("(://)[^/@]*@", r"\1", address)  # nobody's password is remembered
+    # Nobody's password is remembered. What follows ?, # or \ before an @ is no password.
+    name = re.sub(r"^((?:git\+)?https?://)[^/?#\\]*@", r"\1", address)
     known = git(project, "config", "--get-all", CONFIRMED, check=False).splitlines()
     if not args.template and name not in known:
-        confirm(address)
+        confirm(name)
     source = fetch(address, args.to, scratch)
     if name not in known:
         git(project, "config", "--local", "--add", CONFIRMED, name, check=False)
     if args.check:
-        return check(recorded, commit, source)
+        return check(record["version"], record["commit"], source)
     hook = source / "hooks" / "update.py"
     return subprocess.run([sys.executable, hook, project, name, *options]).returncode
 
@@ -131,7 +177,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="update-") as scratch:
             sys.exit(update(project, args, options, Path(scratch).resolve()))
-    except (UpdateError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"update: {error}", file=sys.stderr)
         sys.exit(2)
 
