@@ -120,7 +120,7 @@ def lint(session: nox.Session) -> None:
     """Lint and type-check the repo and a rendered project."""
     python = shared(session)
     check(session, python, ROOT, "core", "tests", "bench", "noxfile.py")
-    for hook in sorted((ROOT / "hooks").glob("*.py")):
+    for hook in (ROOT / "cookiecutter_solver_hooks.py", *sorted((ROOT / "hooks").glob("*.py"))):
         session.run(python, "-m", "mypy", str(hook))
     with tempfile.TemporaryDirectory() as folder:
         check(session, python, render(session, Path(folder), python))

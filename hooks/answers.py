@@ -1,4 +1,4 @@
-"""Refuses bad answers, before anything is written: a Jinja extension for cookiecutter.json.
+"""Refuses bad answers, before anything is written: filters of Jinja for cookiecutter.json.
 
 Each refusal is one line that names the answer and the cure. `cookiecutter.json` asks for the checks
 as soon as the answers are known; `pre_gen_project.py` asks again, since a replayed file of answers
@@ -16,7 +16,6 @@ from pathlib import Path
 
 from cookiecutter.exceptions import FailedHookException
 from jinja2 import Environment
-from jinja2.ext import Extension
 
 # Packages that the rendered project uses, and names that mean something in it.
 DEPENDENCIES = {
@@ -40,23 +39,16 @@ MAX_NAME = 60
 MAX_TEXT = 200
 
 
-class Answers(Extension):
-    """Makes the checks, and `quoted` for TOML and Python, available as filters."""
-
-    def __init__(self, environment: Environment) -> None:
-        super().__init__(environment)
-        check_hooks(Path(sys.path[-1]))
-        environment.filters["check_names"] = check_names
-        environment.filters["check_texts"] = check_texts
-        environment.filters["quoted"] = quoted
+def add_filters(environment: Environment, repo: Path) -> None:
+    """Make the checks, and `quoted` for TOML and Python, available as filters."""
+    check_hooks(repo)
+    environment.filters["check_names"] = check_names
+    environment.filters["check_texts"] = check_texts
+    environment.filters["quoted"] = quoted
 
 
 def check_hooks(repo: Path) -> None:
-    """Refuse to render where `pre_prompt.py` did not put the template together.
-
-    Args:
-        repo: the template that is rendered; cookiecutter puts it last on the path.
-    """
+    """Refuse to render where `pre_prompt.py` did not put the template, `repo`, together."""
     if (repo / "hooks" / "pre_prompt.py").exists() and (repo / "template").exists():
         raise FailedHookException(
             "This template is put together by its hooks, which did not run: render it with "

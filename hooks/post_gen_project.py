@@ -4,6 +4,10 @@ Cookiecutter renders this file; the answers in it were checked and hold no quote
 only.
 """
 
+import sys
+
+sys.path.pop(0)  # cookiecutter runs this in the folder for temporary files, where anybody writes
+
 import json
 import os
 import shutil

@@ -4,6 +4,9 @@
 # {{ cookiecutter | check_names }}, {{ cookiecutter | check_texts }}
 
 import sys
+
+sys.path.pop(0)  # cookiecutter runs this in the folder for temporary files, where anybody writes
+
 from pathlib import Path
 
 package = "{{ cookiecutter.package_name }}"

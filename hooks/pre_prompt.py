@@ -14,6 +14,7 @@ from pathlib import Path
 
 SLUG = "{{ cookiecutter.project_slug }}"
 PACKAGE = "{{ cookiecutter.package_name }}"
+RENDERED = ("core", "template", "hooks", "cookiecutter.json", "cookiecutter_solver_hooks.py")
 LITTER = ("__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 
 
@@ -42,9 +43,7 @@ def stamp(root: Path) -> None:
     version = re.findall(r'__version__ = "(.+)"', source)[0]
     text = record.read_text(encoding="utf-8").replace("$Version$", version)
     if (root / ".git").exists() and shutil.which("git") and (commit := git("rev-parse", "HEAD")):
-        changes = git(
-            "status", "--porcelain", "--", "core", "template", "hooks", "cookiecutter.json"
-        )
+        changes = git("status", "--porcelain", "--", *RENDERED)
         text = text.replace("$Format:%H$", commit + ("-dirty" if changes else ""))
     record.write_text(text, encoding="utf-8")
 

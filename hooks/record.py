@@ -1,4 +1,4 @@
-"""Records where a project comes from, in its `.template.json`: an extension for cookiecutter.json.
+"""Records where a project comes from, in its `.template.json`: a filter of Jinja.
 
 `pre_prompt.py` knows the version and the commit, cookiecutter the address and the answers; nothing
 of it passes through the questions, so a replayed file of answers can't bring in a stale value.
@@ -15,16 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment
-from jinja2.ext import Extension
 
 
-class Record(Extension):
-    """Makes `record` available as a filter."""
-
-    def __init__(self, environment: Environment) -> None:
-        super().__init__(environment)
-        # The environment that renders files is made while we are still where the user is.
-        environment.filters["record"] = partial(record, folder=Path.cwd())
+def add_filters(environment: Environment, repo: Path) -> None:
+    """Make `record` available as a filter."""
+    # The environment that renders files is made while we are still where the user is.
+    environment.filters["record"] = partial(record, folder=Path.cwd())
 
 
 def record(context: Mapping[str, str], version: str, commit: str, folder: Path) -> str:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -229,6 +230,39 @@ def test_signing_and_hooks_of_the_user_are_left_out(
     hook.chmod(0o755)
     config = f"[commit]\ngpgsign = true\n[core]\nhooksPath = {hook.parent}\n"
     Path(environment["HOME"], ".gitconfig").write_text(config)
+    assert "first commit was made" in render()
+
+
+@pytest.mark.parametrize(
+    ("command", "path"),
+    [
+        (["-m", "cookiecutter"], "hooks.py"),
+        (["-m", "cookiecutter"], "hooks/__init__.py"),
+        ([str(Path(sys.executable).parent / "cookiecutter")], "hooks/__init__.py"),
+    ],
+)
+def test_modules_where_the_user_stands_do_not_hide_the_templates(
+    command: list[str], path: str, template: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    for name in (path, "answers.py", "record.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("raise SystemExit('hidden')\n")
+    subprocess.run(
+        [sys.executable, *command, str(template), "--no-input"],
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(folder)},
+        check=True,
+    )
+    assert (folder / "my-research" / "my_research" / "core").exists()
+
+
+@pytest.mark.parametrize("name", ["json", "pathlib", "shutil", "subprocess"])
+def test_modules_among_temporary_files_are_not_run(
+    name: str, render: Render, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Cookiecutter runs hooks there, and on a shared machine anybody can write there."""
+    Path(environment["TMPDIR"], f"{name}.py").write_text("raise SystemExit('run')\n")
     assert "first commit was made" in render()
 
 
