@@ -46,7 +46,10 @@ def commit() -> str:
         return "The folder is inside of a git repo: no other one was made."
     try:
         git("init", "--initial-branch=main", check=True)
-        git("add", "--all", check=True)
+        # The project's own .gitignore decides, not what the user ignores everywhere.
+        names = git("ls-files", "-z", "--others", "--exclude-per-directory=.gitignore")
+        literal = ("--pathspec-from-file=-", "--pathspec-file-nul")
+        git("--literal-pathspecs", "add", "--force", *literal, check=True, given=names)
         options = ["core.hooksPath=/dev/null", "commit.gpgSign=false"]
         if not (git("config", "user.name") and git("config", "user.email")):
             options += [f"user.name={AUTHOR}", f"user.email={SLUG}@localhost"]
@@ -61,10 +64,16 @@ def commit() -> str:
     return "A git repo with a first commit was made."
 
 
-def git(*arguments: str, check: bool = False) -> str:
-    """Run git here; return what it prints."""
+def git(*arguments: str, check: bool = False, given: str = "") -> str:
+    """Run git here on an input; return its output."""
     done = subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, check=check, env=ENVIRONMENT
+        ["git", *arguments],
+        input=given,
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",  # names of files are bytes
+        check=check,
+        env=ENVIRONMENT,
     )
     return done.stdout.strip()
 

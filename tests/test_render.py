@@ -233,6 +233,33 @@ def test_signing_and_hooks_of_the_user_are_left_out(
     assert "first commit was made" in render()
 
 
+@pytest.fixture
+def ignored(environment: dict[str, str], tmp_path: Path) -> None:
+    """A user who ignores `core`, as the name of memory dumps, and much else in all repos."""
+    template = tmp_path / "init"
+    (template / "info").mkdir(parents=True)
+    (template / "info" / "exclude").write_text("tests\nREADME.md\n")
+    (tmp_path / "ignore").write_text("core\ndata.py\n*.yaml\n.*\n")
+    config = f"[core]\nexcludesFile = {tmp_path / 'ignore'}\n[init]\ntemplateDir = {template}\n"
+    Path(environment["HOME"], ".gitconfig").write_text(config)
+
+
+@pytest.mark.usefixtures("ignored")
+def test_the_first_commit_has_what_the_user_ignores_everywhere(
+    render: Render, environment: dict[str, str], tmp_path: Path
+) -> None:
+    render()
+    project = tmp_path / "out" / "my-research"
+    assert set(git("ls-files", cwd=project).splitlines()) == files(project)
+
+    for name in ("my_research/core/mine.py", "outputs/x", "my_research/core/__pycache__/x"):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text("")
+    status = ["git", "status", "--porcelain"]
+    said = subprocess.check_output(status, cwd=project, env=environment, text=True)
+    assert said == "?? my_research/core/mine.py\n"
+
+
 @pytest.mark.parametrize(
     ("command", "path"),
     [

@@ -701,6 +701,19 @@ def test_files_of_the_project_are_not_run(
     assert not mark.exists()
 
 
+def test_what_the_user_ignores_everywhere_is_updated(
+    versions: Versions, project: Path, update: Update, tmp_path: Path
+) -> None:
+    (tmp_path / "ignore").write_text("*\n")
+    config = tmp_path / "config"
+    config.write_text(f"[core]\n excludesFile = {tmp_path / 'ignore'}\n")
+    update(project, GIT_CONFIG_GLOBAL=str(config))
+    git(project, "commit", "-q", "--no-edit")
+    listed = git(project, "ls-files").splitlines()
+    assert {"my_research/core/added.py", "tool.sh"} <= {*listed}
+    assert git(project, "status", "--porcelain") == ""
+
+
 def test_a_base_is_rendered_from_confirmed_addresses_only(
     versions: Versions, hostile: Path, mark: Path, project: Path, update: Update
 ) -> None:
