@@ -1,12 +1,15 @@
 """docs/troubleshooting.md has twenty situations; names and commands on the pages exist."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dora.__main__ import get_parser
 from omegaconf import OmegaConf
 
+import noxfile
 from core import distrib
 from core.solver import BaseSolver
 from core.steps import Steps
@@ -16,7 +19,8 @@ from .conftest import ROOT, Copy
 
 SITUATION = r"## .+\n\n[^*\n].+\n\n\*\*Cause\.\*\* (.+\n)+\n\*\*Cure\.\*\* (.+\n)+"
 PAGES = sorted(page.name for page in DOCS.glob("*.md") if page.name != "migrating.md")
-OF_DORA = {"run", "launch", "grid", "info"}
+READMES = ["README.md", "template/README.md", "core/README.md", "CONTRIBUTING.md"]
+TEXTS = [ROOT / name for name in READMES] + sorted(DOCS.glob("*.md"))
 ATTRIBUTES = {
     "self": {*dir(BaseSolver), "cfg", "result_logger"},
     "steps": {*dir(Steps), "step"},
@@ -54,9 +58,8 @@ def is_known(span: str, project: Path) -> bool:
     if module := re.match(r"python -m my_research\.(\S+)", span):
         return package.joinpath(*module[1].split(".")).with_suffix(".py").exists()
     if span.startswith("dora "):
-        command, *options = span.split()[1:]
-        keys = [key[1] for option in options if (key := re.match(r"(\w[\w.]*)=", option))]
-        return command in OF_DORA and all(has(config, key) or key == "debug" for key in keys)
+        keys = re.findall(r" (\w[\w.]*)=", span)
+        return all(has(config, key) or key == "debug" for key in keys)
     if key := re.match(r"((?:checkpoint|data|optim|dora|slurm)\.\w+)(?=$|=)", span):
         return has(config, key[1]) or (package / "core" / span).exists()
     if name := re.match(r"(self|steps|distrib)\.(\w+)", span):
@@ -72,3 +75,33 @@ def test_names_and_commands_exist(page: str, project: Path) -> None:
     own = {block.name for block in blocks(DOCS / page)}
     spans = {*re.findall(r"`([^`\n]+)`", text)} - own
     assert [span for span in sorted(spans) if not is_known(span, project)] == []
+
+
+def commands(text: str, name: str) -> list[str]:
+    """All commands in spans and blocks that begin with a name, without what the shell adds."""
+    text = re.sub(r"\{\{.*?\}\}", "x", re.sub(r"\{%.*?%\}", "", text))
+    found = re.findall(rf"(?:^|`|-m |[A-Z]=\S+ )({name} [^`\n]+)", text, re.M)
+    return [re.split(r" (?:#|&|\|\||2?>)", command)[0] for command in found]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: f"{page.parent.name}/{page.name}")
+def test_options_and_sessions_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of Dora, of nox and of the tools."""
+    text = page.read_text()
+    for command in commands(text, "dora"):
+        try:
+            assert get_parser().parse_args(shlex.split(command)[1:]).action, command
+        except SystemExit:
+            pytest.fail(f"{command}: {capsys.readouterr().err}")
+    assert [name for name in re.findall(r"nox -s (\w+)", text) if not hasattr(noxfile, name)] == []
+    sources = {tool: source(tool) for tool in ("report", "sweep", "update")}
+    for command in commands(text, r"\S+\.tools\.\w+"):
+        name = re.findall(r"\.tools\.(\w+)", command)[0]
+        for option in re.findall(r" (--[\w-]+)", command):
+            assert f'"{option}"' in sources[name], command
+
+
+def source(tool: str) -> str:
+    """The code with a tool's options."""
+    files = [ROOT / "template" / "package" / "tools" / f"{tool}.py", ROOT / "hooks" / f"{tool}.py"]
+    return "".join(path.read_text() for path in files if path.exists())
