@@ -202,7 +202,8 @@ class _IterableShard(IterableDataset[Any]):
         return len(range(self.rank, len(cast(Sized, self.dataset)), self.world_size))
 
     def __iter__(self) -> Iterator[Any]:
-        number, count, info = self.rank, self.world_size, get_worker_info()
+        number, count = self.rank, self.world_size
+        info: Any = get_worker_info()
         if isinstance(info, workers.WorkerOfAll):
             number, count = info.id, info.count
         elif info is not None:
