@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import random
-import weakref
 from argparse import Namespace
 from collections import deque
 from contextlib import suppress
@@ -282,19 +280,6 @@ def test_write_only_is_saved_and_never_loaded() -> None:
     states.load_state_dict({})
     states.load_state_dict({"count": 8})
     assert owner.count == 3
-
-
-def test_the_owner_is_not_kept_alive() -> None:
-    owner = Owner()
-    wrapper = AttributeWrapper(owner, "model")
-    gone = weakref.ref(owner)
-    gc.disable()
-    try:
-        del owner
-        assert gone() is None
-    finally:
-        gc.enable()
-    assert wrapper.name == "model"
 
 
 def test_plain_converts_what_researchers_have() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from torch.optim.lr_scheduler import (
 from torch.optim.swa_utils import AveragedModel
 
 from core import BaseSolver
+from core.state import AttributeWrapper
 from core.utils import UserError
 
 
@@ -174,3 +177,16 @@ def test_a_module_without_state_is_told(tmp_path: Path, caplog: pytest.LogCaptur
     solver.metric = nn.Identity()
     solver.register_stateful("metric")
     assert "metric has an empty state_dict" in caplog.text
+
+
+def test_the_owner_is_not_kept_alive() -> None:
+    owner = nn.Module()
+    wrapper = AttributeWrapper(owner, "training")
+    gone = weakref.ref(owner)
+    gc.disable()
+    try:
+        del owner
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert wrapper.name == "training"
