@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import logging
 import os
 import signal
@@ -15,10 +16,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-# Its functions have the process group of the moment of their import as a default argument. Were
-# that ours, it would outlive `leave`, and its threads might crash the end of Python.
-import torch.distributed.nn.functional
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -87,6 +84,9 @@ def _join(backend: str, timeout: timedelta) -> None:
 
 
 def _meet(meeting: Future[None], where: str, backend: str, timeout: timedelta) -> None:
+    # Its functions have the process group of the moment of their import as a default argument. Were
+    # that ours, it would outlive `leave`, and its threads might crash the end of Python.
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         store, number, count = next(rendezvous(where, rank(), world_size(), timeout=timeout))
         store.set_timeout(timeout)
