@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,8 @@ def format_items(metrics: Metrics, formatter: Formatter | None, delimiter: str) 
 class LogProgressBar(Generic[T]):
     """An iterator with a log line now and then: position, speed, time left, metrics.
 
+    Also for `next()`, which continues the running loop, or begins one.
+
     A line tells of the finished steps, and of the time spent waiting for data if that is over a
     tenth; the last line is not lost, even if the loop breaks. Nothing is formatted between lines. A
     terminal shows a bar instead, refreshed twice a second at most.
@@ -148,6 +151,7 @@ class LogProgressBar(Generic[T]):
         self._every = max(1, self.min_interval, -(-(self.total or 0) // max(1, self.updates)))
         self._metrics: Metrics = {}
         self._will_log = False
+        self._running: Callable[[], Iterator[T] | None] = lambda: None
 
     def __len__(self) -> int:
         if self.total is None:
@@ -155,6 +159,15 @@ class LogProgressBar(Generic[T]):
         return self.total
 
     def __iter__(self) -> Iterator[T]:
+        iterator = self._iterate()
+        self._running = weakref.ref(iterator)  # a loop that breaks ends its iterator
+        return iterator
+
+    def __next__(self) -> T:
+        self._kept = self._running() or iter(self)
+        return next(self._kept)
+
+    def _iterate(self) -> Iterator[T]:
         done, logged, waited = self.done, self.done, 0.0
         live = self._live_bar()
         asked = last = time.perf_counter()

@@ -77,6 +77,12 @@ class Averages(Mapping[str, float]):
     def __len__(self) -> int:
         return len(self.sums())
 
+    def copy(self) -> dict[str, float]:
+        """Return the averages so far: further steps change nothing there."""
+        return dict(self)
+
+    __copy__ = copy
+
     def __or__(self, other: Metrics) -> dict[str, Any]:
         return {**self, **other}
 

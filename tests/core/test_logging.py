@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -21,7 +22,16 @@ import pytest
 import torch
 from PIL import Image
 
-from core import Formatter, LogProgressBar, ResultLogger, averager, bold, log, setup_logging
+from core import (
+    BaseSolver,
+    Formatter,
+    LogProgressBar,
+    ResultLogger,
+    averager,
+    bold,
+    log,
+    setup_logging,
+)
 from core.run import FolderXP
 from core.trackers import LocalFiles, Tracker
 from core.trackers.tensorboard import TensorBoard
@@ -346,6 +356,61 @@ def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_next_continues_a_progress_bar(said: list[str]) -> None:
+    bar = LogProgressBar(LOGGER, range(4), updates=4, name="Train")
+    assert isinstance(bar, Iterator)
+    assert [next(bar), next(bar)] == [0, 1]
+    assert "1/4" in said[-1]
+    assert [next(bar), next(bar), next(bar, None), next(bar, None)] == [2, 3, None, None]
+    assert "4/4" in said[-1]
+    pairs = [(item, next(bar)) for item in bar]  # also of a loop that runs
+    assert pairs == [(0, 1), (2, 3)]
+    for item in bar:
+        if item == 2:
+            break
+    assert "3/4" in said[-1], "a loop that breaks has its last line"
+
+
+def test_averages_can_be_kept() -> None:
+    average = averager()
+    found = average({"loss": torch.tensor(1.0), "n": 2})
+    kept = [found.copy(), dict(found), copy.copy(found), copy.deepcopy(found), {**found}]
+    average({"loss": 3.0, "n": 2})
+    assert found["loss"] == 2.0
+    assert all(snapshot == {"loss": 1.0, "n": 2.0} for snapshot in kept)
+    assert json.loads(json.dumps(dict(found))) == {"loss": 2.0, "n": 2.0}
+
+
+def test_colours_by_keyword() -> None:
+    assert log.colorize(text="x", color="31") == "\x1b[31mx\x1b[0m"
+    assert bold(text="x") == log.colorize("x", "1")
+
+
+@pytest.mark.parametrize("level", ["INFO", "DEBUG", "ERROR", logging.INFO])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_levels_by_name(
+    level: str | int,
+    rank: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    setup_logging(folder=tmp_path, level=level)
+    for name in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        logging.getLogger("x").log(getattr(logging, name), "said at %s", name)
+    shown = capsys.readouterr().err
+    monkeypatch.undo()
+    setup_logging(with_file_log=False)
+    kept = (tmp_path / f"solver.log.{rank}").read_text()
+    least = getattr(logging, level) if isinstance(level, str) else level
+    for name in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        number = getattr(logging, name)
+        assert (f"said at {name}" in kept) == (number >= least)
+        assert (f"said at {name}" in shown) == (number >= max(least, 30 * int(rank)))
 
 
 def test_readonly_and_grid() -> None:
