@@ -16,7 +16,7 @@ from .log import LogProgressBar, bold, format_items
 from .metrics import Averages, Formatter, Metrics, fetch, number
 from .plain import to_plain
 from .run import XP, get_xp, record_config, resume_command
-from .trackers import LocalFiles, Tracker, check_audio, check_image
+from .trackers import LocalFiles, Tracker, check_audio, check_image, check_names
 from .utils import UserError
 
 T = TypeVar("T")
@@ -112,17 +112,18 @@ class ResultLogger:
 
     def log_audio(self, stage: str, key: str, audio: Any, sample_rate: int, step: int) -> None:
         """Log audio `[C, T]`, floats in -1..1."""
-        self._send("log_audio", stage, key, check_audio(audio), sample_rate, step)
+        audio = check_audio(audio)
+        self._send("log_audio", *check_names(stage, key), audio, sample_rate, step)
 
     def log_image(self, stage: str, key: str, image: Any, step: int) -> None:
-        """Log an image `[C, H, W]`, floats in 0..1 or bytes."""
-        self._send("log_image", stage, key, check_image(image), step)
+        """Log an image `[C, H, W]`, floats in 0..1 or bytes, or of Pillow."""
+        self._send("log_image", *check_names(stage, key), check_image(image), step)
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
         """Log a text."""
         if not isinstance(text, str):
             raise ValueError(f"log_text: a text must be a str, not a {type(text).__name__}")
-        self._send("log_text", stage, key, text, step)
+        self._send("log_text", *check_names(stage, key), text, step)
 
     def get_log_progress_bar(
         self,
@@ -255,7 +256,7 @@ class Logs:
         self.result_logger.log_audio(stage_name, key, audio, sample_rate, self.epoch)
 
     def log_image(self, stage_name: str, key: str, image: Any) -> None:
-        """Log an image `[C, H, W]`, floats in 0..1 or bytes."""
+        """Log an image `[C, H, W]`, floats in 0..1 or bytes, or of Pillow."""
         self.result_logger.log_image(stage_name, key, image, self.epoch)
 
     def log_text(self, stage_name: str, key: str, text: str) -> None:

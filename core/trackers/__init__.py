@@ -3,7 +3,7 @@
 `tensorboard.py` and `wandb.py` are imported when used.
 """
 
-from .base import Tracker, check_audio, check_image
+from .base import Tracker, check_audio, check_image, check_names
 from .local import LocalFiles
 
-__all__ = ["LocalFiles", "Tracker", "check_audio", "check_image"]
+__all__ = ["LocalFiles", "Tracker", "check_audio", "check_image", "check_names"]

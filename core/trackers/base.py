@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import wave
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -59,23 +59,43 @@ class Tracker:
         """Log a text."""
 
 
+def check_names(*names: Any) -> Iterator[str]:
+    """Yield the stage and key of media; ValueError for a path, as files are named after both."""
+    for name in map(str, names):
+        if name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
+            raise ValueError(
+                f"media: {name!r} is a path, not a name: a key or stage has no / or \\"
+            )
+        yield name
+
+
 def check_audio(audio: Any) -> Tensor:
     """Return audio as a float tensor `[C, T]` on the CPU; ValueError otherwise."""
-    tensor = torch.as_tensor(audio).detach().cpu()
+    tensor = _tensor(audio, needs := "log_audio: needs a float tensor [C, T]")
     if tensor.ndim != 2 or not tensor.is_floating_point():
-        raise ValueError(f"log_audio: needs a float tensor [C, T], not {_shape(tensor)}")
+        raise ValueError(f"{needs}, not {_shape(tensor)}")
     return tensor.float()
 
 
 def check_image(image: Any) -> Tensor:
     """Return an image as a float tensor `[C, H, W]` in 0..1 on the CPU; ValueError otherwise.
 
-    Bytes (0..255) are scaled.
+    Bytes (0..255) are scaled. An image of Pillow is converted, unless its pixels are no bytes.
     """
-    tensor = torch.as_tensor(image).detach().cpu()
-    if tensor.ndim != 3 or len(tensor) not in (1, 3, 4):
-        raise ValueError(f"log_image: needs [C, H, W], C of 1, 3 or 4, not {_shape(tensor)}")
-    return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
+    needs, channels = "log_image: needs [C, H, W], C of 1, 3 or 4", (1, 3, 4)
+    if is_pillow := hasattr(image, "convert") and image.mode[0] not in "IF":
+        pixels = np.array(image.convert("RGBA" if "A" in image.mode.upper() else "RGB"))
+        image = pixels.transpose(2, 0, 1)
+    tensor = _tensor(image, needs)
+    if tensor.ndim != 3 or len(tensor) not in channels:
+        raise ValueError(f"{needs}, not {_shape(tensor)}")
+    if not is_pillow and tensor.shape[2] in channels:
+        raise ValueError(f"{needs}: {_shape(tensor)} could be [H, W, C]; W can't be 1, 3 or 4")
+    if tensor.dtype == torch.uint8:
+        return tensor / 255
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        return tensor.float()
+    raise ValueError(f"{needs}, of floats in 0..1 or uint8 in 0..255, not {_shape(tensor)}")
 
 
 def to_bytes(image: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -90,6 +110,15 @@ def write_wav(path: str, audio: Tensor, sample_rate: int) -> None:
     with wave.open(path, "wb") as wav:
         wav.setparams((len(audio), 2, sample_rate, 0, "NONE", "not compressed"))
         wav.writeframes(samples.T.contiguous().numpy().astype("<i2").tobytes())
+
+
+def _tensor(value: Any, needs: str) -> Tensor:
+    try:
+        # A copy, since PyTorch refuses the negative strides of a flipped array.
+        value = value.copy() if isinstance(value, np.ndarray) else value
+        return torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{needs}, not a {type(value).__name__}: {error}") from error
 
 
 def _shape(tensor: Tensor) -> str:

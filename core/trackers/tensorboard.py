@@ -75,7 +75,7 @@ class TensorBoard(Tracker):
         # In a folder of their own, for what is to be forgotten is a number of steps, not of epochs.
         name = f"{stage}_steps"
         forget = None if self._steps is None else self._steps.get(stage, 0) + 1
-        _add(self._writer(name, forget), name, metrics, step)
+        _add(self._writer(name.replace("/", "_"), forget), name, metrics, step)
 
     def log_audio(
         self, stage: str, key: str, audio: torch.Tensor, sample_rate: int, step: int

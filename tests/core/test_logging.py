@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -589,6 +590,114 @@ def test_results_reach_trackers_and_failures_are_said_once(tmp_path: Path, said:
         results.log_audio("train", "x", torch.zeros(5), 8000, 1)
     with pytest.raises(ValueError, match=r"log_text.* int"):
         results.log_text("train", "x", 3, 1)  # type: ignore[arg-type]
+
+
+class Seen(Tracker):
+    """Keeps the last image."""
+
+    def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
+        self.image = image
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> ResultLogger:
+    results = ResultLogger(LOGGER, xp=FolderXP(tmp_path / "run"))
+    results.add_tracker(Seen(results.xp))
+    return results
+
+
+@pytest.mark.parametrize("name", ["{data}/cat", "../cat", "a/b", "a\\b", "..", "", "a\0b", "/cat"])
+@pytest.mark.parametrize("place", ["stage", "key"])
+def test_a_key_of_media_is_no_path(
+    name: str, place: str, tmp_path: Path, results: ResultLogger
+) -> None:
+    name = name.format(data=tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    stage, key = (name, "key") if place == "stage" else ("stage", name)
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
+        results.log_image(stage, key, torch.zeros(3, 8, 8), 1)
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
+        results.log_audio(stage, key, torch.zeros(1, 8), 8000, 1)
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
+        results.log_text(stage, key, "text", 1)
+    assert sorted(tmp_path.rglob("*")) == before
+    results.log_text("valid.clean", "cat.1 of 3..", "text", 1)
+    assert (tmp_path / "run" / "outputs" / "valid.clean_1" / "cat.1 of 3...txt").exists()
+
+
+def test_a_stage_that_is_a_path_leads_nowhere_else(tmp_path: Path) -> None:
+    tracker = TensorBoard(FolderXP(tmp_path / "a" / "b"))
+    tracker.log_step("../../../x", {"loss": 1.0}, 1, 1)
+    tracker.log_metrics("../../../x", {"loss": 1.0}, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["tensorboard"]
+
+
+def pillow(mode: str) -> Any:
+    return Image.new("RGB", (3, 5), "red").convert(mode)
+
+
+WHITE = np.full((1, 8, 8), 255, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("image", "shape", "mean"),
+    [
+        (WHITE, (1, 8, 8), 1.0),
+        (WHITE[:, ::-1], (1, 8, 8), 1.0),
+        (WHITE > 3, (1, 8, 8), 1.0),
+        (WHITE / 510, (1, 8, 8), 0.5),
+        (torch.full((3, 8, 8), 0.5, dtype=torch.bfloat16, requires_grad=True), (3, 8, 8), 0.5),
+        (pillow("RGB"), (3, 5, 3), 1 / 3),
+        (pillow("RGBA"), (4, 5, 3), 1 / 2),
+        (pillow("P"), (3, 5, 3), 1 / 3),
+        (pillow("CMYK"), (3, 5, 3), 1 / 3),
+        (pillow("LA"), (4, 5, 3), None),
+        (pillow("L"), (3, 5, 3), None),
+        (pillow("1"), (3, 5, 3), None),
+    ],
+)
+def test_images_of_many_kinds(
+    image: Any, shape: tuple[int, ...], mean: float | None, results: ResultLogger
+) -> None:
+    results.log_image("valid", "x", image, 1)
+    [tracker] = [tracker for tracker in results.trackers if isinstance(tracker, Seen)]
+    assert tracker.image.shape == shape
+    assert tracker.image.dtype == torch.float32
+    if mean is not None:
+        assert tracker.image.mean().item() == pytest.approx(mean, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("image", "culprit"),
+    [
+        (WHITE.astype("int64"), r"0\.\.255.*int64"),
+        (torch.full((1, 8, 8), 300, dtype=torch.int16), r"0\.\.255.*int16"),
+        (WHITE.astype("uint16"), r"0\.\.255.*uint16"),
+        (WHITE.astype("complex64"), r"complex64"),
+        (torch.zeros(3, 640, 3), r"\[H, W, C\]"),
+        (torch.zeros(1, 28, 4), r"\[H, W, C\]"),
+        (torch.zeros(28, 28, 3), r"\(28, 28, 3\)"),
+        (torch.zeros(28, 28), r"\(28, 28\)"),
+        (pillow("I"), "a Image"),
+        (pillow("F"), "a Image"),
+        ("cat.png", "a str"),
+        (None, "a NoneType"),
+        ([[1], [1, 2]], "a list"),
+    ],
+)
+def test_an_image_that_cannot_be_told_is_refused(
+    image: Any, culprit: str, results: ResultLogger
+) -> None:
+    with pytest.raises(ValueError, match=rf"log_image: needs \[C, H, W\].*{culprit}"):
+        results.log_image("valid", "x", image, 1)
+
+
+@pytest.mark.parametrize("audio", [torch.zeros(1, 5, dtype=torch.int16), [0.0], "a.wav", None])
+def test_audio_that_cannot_be_told_is_refused(audio: Any, results: ResultLogger) -> None:
+    with pytest.raises(ValueError, match=r"log_audio: needs a float tensor \[C, T\]"):
+        results.log_audio("valid", "x", audio, 8000, 1)
 
 
 def test_other_ranks_have_no_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
