@@ -67,14 +67,26 @@ def setup_logging(
     stderr.addFilter(lambda record: not getattr(record, "file_only", False))
     stderr.setLevel(root.level if distrib.is_rank_zero() else max(root.level, logging.WARNING))
     root.addHandler(stderr)
-    if with_file_log:
-        folder = Path(folder) if folder is not None else get_xp().folder
-        folder.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder / log_name.format(rank=distrib.rank()))
-        file.setFormatter(_Plain())
-        root.addHandler(file)
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
+    if with_file_log:
+        folder = get_xp().folder if folder is None else folder
+        root.addHandler(_file_handler(Path(folder, log_name.format(rank=distrib.rank()))))
+
+
+def in_terminal() -> bool:
+    """Return whether stderr is a terminal, rather than a file, or closed."""
+    return bool(sys.stderr) and not sys.stderr.closed and sys.stderr.isatty()
+
+
+def _file_handler(path: Path) -> logging.FileHandler:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"no log file, {error}: make room there, or choose a folder") from error
+    file.setFormatter(_Plain())
+    return file
 
 
 def _log_uncaught(kind: type, error: BaseException, trace: TracebackType | None) -> None:

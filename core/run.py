@@ -134,6 +134,8 @@ def locked(xp: XP) -> Iterator[None]:
 
 def record_config(xp: XP) -> None:
     """Write the config to the run's folder, for people and for `tools/`."""
+    if (path := getattr(xp.link, "history_file", None)) is not None and path.is_dir():
+        raise UserError(f"{path} is a folder in the way of a file: move it")  # before an epoch
     with write_and_rename(xp.folder / "config.json", "w") as file:
         json.dump(to_plain(xp.cfg, "the config"), file, indent=2, default=str)
 

@@ -63,7 +63,10 @@ def write_and_rename(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        for place in (temporary, path):
+            if isinstance(error, OSError) and place.is_dir():
+                raise UserError(f"{place} is a folder in the way of a file: move it") from error
         temporary.unlink(missing_ok=True)
         raise
     if os.name != "nt":  # where a folder can be opened, make the rename durable too
