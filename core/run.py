@@ -83,7 +83,7 @@ class FileLink:
     def load(self) -> None:
         """Read the published history, if any."""
         if self.history_file.exists():
-            self.history = json.loads(self.history_file.read_text())
+            self.history = json.loads(self.history_file.read_bytes())
 
     def update_history(self, history: History) -> None:
         """Publish a history."""
@@ -92,9 +92,13 @@ class FileLink:
 
 def read_history(link: Any) -> History:
     """Return the published history, or the last known if its file is damaged, with a warning."""
+    known = link.history
     try:
         link.load()
-    except ValueError as error:
+        if not isinstance(link.history, list) or any(type(e) is not dict for e in link.history):
+            raise ValueError("no list of epochs")
+    except (OSError, RecursionError, TypeError, ValueError) as error:
+        link.history = known
         note = "%s can't be read: %s; the checkpoint has it as well"
         logger.warning(note, link.history_file, error)
     return [*link.history]

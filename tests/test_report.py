@@ -1,7 +1,9 @@
 """The report: runs, as their files tell, in a table, as JSON and on a page."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ import pytest
 
 from template.package.tools import report
 
-from .conftest import Copy
+from .conftest import ROOT, Copy
 
 LR = 0.30000000000000004
 
@@ -149,6 +151,43 @@ def test_damage_costs_the_damaged_rows(
     assert found[1] == whole[1]
     lost = {"train.loss": {20: 0.5}} if damage is damage_byte else {}
     assert found[0] == whole[0] | lost
+
+
+@pytest.mark.parametrize("exclude", [3, None, "epochs", {"a": 1}, [3, None]])
+def test_a_strange_config_is_shown(
+    exclude: Any, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = runs / "xps" / "aaaa1111" / "config.json"
+    path.write_text(json.dumps({"dora": {"exclude": exclude}, "epochs": {"many": []}}))
+    assert "aaaa1111" in "\n".join(said(capsys, "--dir", str(runs)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "history.json", "metrics.jsonl", "", "../file"])
+def test_folders_and_files_in_each_others_place(
+    name: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = runs / "xps" / "aaaa1111" / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.touch()
+    else:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    report.main(["--dir", str(runs)])
+    output, errors = capsys.readouterr()
+    assert "bbbb2222" in output
+    assert len(errors.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_any_locale_will_do(env: dict[str, str], tmp_path: Path) -> None:
+    add_run(tmp_path, "cccc3333", [{"valid": {"l\u00f6ss": 1.0}}], city="Z\u00fcrich")
+    add_run(tmp_path, "dddd\u00e9", [epoch(1.0)], city="Gen\u00e8ve")
+    command = [sys.executable, "-m", "template.package.tools.report", "--dir", str(tmp_path)]
+    full = os.environ | {"PYTHONCOERCECLOCALE": "0"} | env
+    done = subprocess.run(command, cwd=ROOT, env=full, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "Z\u00fcrich" in (tmp_path / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", ["config.json", "history.json"])

@@ -155,3 +155,30 @@ def test_without_slurm_dora_names_the_other_way(project: Path) -> None:
         said = run(project, "-m", "dora", *command, code=1, env=env)
         assert ".sweep GRID" in said
         assert "Traceback" not in said
+
+
+def test_damage_costs_the_damaged_run(project: Path) -> None:
+    add_grid(project, "two", "1e-3, 3e-3", epochs=1)
+    assert sweep(project, "two", "--workers=1").split("\n\n")[-1].count(" COM ") == 2
+    first, _ = sorted(project.glob("outputs/xps/*"))
+    for name, text in (
+        ("sweep.json", "[]"),
+        ("sweep.json", '{"epochs": "x", "config": {}}'),
+        ("history.json", "3"),
+        ("history.json", '"\udcff'),
+    ):
+        whole = (first / name).read_bytes()
+        (first / name).write_bytes(text.encode(errors="surrogateescape"))
+        assert sweep(project, "two", "--dry-run").count(" COM ") == 1
+        (first / name).unlink()
+        (first / name).mkdir()
+        assert sweep(project, "two", "--dry-run").count(" COM ") == 1
+        (first / name).rmdir()
+        (first / name).write_bytes(whole)
+    assert sweep(project, "two", "--dry-run").count(" COM ") == 2
+    (first / "sweep.json").unlink()
+    (first / "sweep.log").unlink()
+    (first / "sweep.log").mkdir()
+    said = sweep(project, "two", code=1)
+    assert re.search(rf"Run {first.name} can't be started: .*sweep\.log", said)
+    assert said.split("\n\n")[-1].count(" COM ") == said.split("\n\n")[-1].count(" FAI ") == 1

@@ -71,8 +71,9 @@ class Run:
     def keys(self) -> dict[str, Any]:
         """The config by dotted keys, without those that make no other run."""
         flat = flatten(self.config)
-        hidden = ["dora.*", "slurm.*", *flat.get("dora.exclude", [])]
-        return {k: v for k, v in flat.items() if not any(fnmatchcase(k, h) for h in hidden)}
+        excluded = flat.get("dora.exclude")
+        hidden = ["dora.*", "slurm.*", *(excluded if isinstance(excluded, list) else [])]
+        return {k: v for k, v in flat.items() if not any(fnmatchcase(k, str(h)) for h in hidden)}
 
     @property
     def progress(self) -> str:

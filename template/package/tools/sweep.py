@@ -13,7 +13,6 @@ import argparse
 import fcntl
 import importlib
 import json
-import math
 import os
 import re
 import signal
@@ -143,7 +142,8 @@ class Worker:
     def complete(self) -> None:
         """Note that the run ended well, for the next sweep."""
         end = {"epochs": len(_read(self.folder / "history.json", [])), "config": self.config}
-        write_text(self.folder / "sweep.json", json.dumps(end))
+        with suppress(OSError):  # without the note, the next sweep starts the run once more
+            write_text(self.folder / "sweep.json", json.dumps(end))
 
 
 def _is_free(folder: Path) -> bool:
@@ -159,12 +159,15 @@ def _is_free(folder: Path) -> bool:
 
 def _is_complete(xp: Any) -> bool:
     """Say whether a run ended well, with the present config, and was not cleared since."""
-    end = _read(xp.folder / "sweep.json", {"epochs": math.inf, "config": {}})
-    if end["epochs"] > len(_read(xp.folder / "history.json", [])):
+    end = _read(xp.folder / "sweep.json", {})
+    epochs, config = end.get("epochs"), end.get("config")
+    if not isinstance(epochs, int) or not isinstance(config, dict):
+        return False
+    if epochs > len(_read(xp.folder / "history.json", [])):
         return False
     now = _config(xp)
     # A key that is new since, or that makes no other run, does not count.
-    return all(repr(now.get(key)) == repr(value) for key, value in end["config"].items())
+    return all(repr(now.get(key)) == repr(value) for key, value in config.items())
 
 
 def _config(xp: Any) -> dict[str, Any]:
@@ -178,9 +181,10 @@ def _config(xp: Any) -> dict[str, Any]:
 def _read(path: Path, default: Any) -> Any:
     """Return the content of a JSON file; the default if there is none, or it is damaged."""
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        found = json.loads(path.read_bytes())
+    except (OSError, RecursionError, ValueError):
         return default
+    return found if isinstance(found, type(default)) else default
 
 
 class Sweep:
@@ -264,6 +268,10 @@ class Sweep:
         except BlockingIOError:
             print(f"Run {xp.sig} is training in another process: left alone", flush=True)
             self.grid.states[xp.sig] = "ELSEWHERE"
+            self.free += self.used.pop(xp.sig, [])
+        except OSError as error:
+            print(f"Run {xp.sig} can't be started: {error}", flush=True)
+            self.grid.states[xp.sig] = "FAILED"
             self.free += self.used.pop(xp.sig, [])
         else:
             self.grid.states[xp.sig] = "RUNNING"
