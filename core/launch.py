@@ -21,16 +21,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
+from urllib.parse import quote
 
-from .distrib import GRACE, this_process
-from .run import NO_EFFECT, finders
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import register_rendezvous_handler
+
+from .distrib import GRACE, rank, this_process, world_size
+from .hints import NEW_KEY, explain
+from .run import NO_EFFECT, FolderXP, finders, locked, read_history
 from .stop import SIGNALS, Stopped
 from .utils import UserError, flatten
 
 logger = logging.getLogger(__name__)
 
-NEW_KEY = "a new one has its type in schema.py and its value in config.yaml"
+_VOLATILE = re.compile(r"\$\{(now:|oc\.env:\w*(RANK|PROCID|JOB_ID))")
 
 
 def _running() -> Any:
@@ -87,21 +92,14 @@ def hydra_main(
         ConfigStore.instance().store(name="schema", node=schema)
 
     def decorate(main: Callable[[Any], None]) -> Any:
-        try:
-            kind = _main_class(typed=schema is not None)
+        from dora.hydra import HydraMain
+
+        _patch_dora()
+        kind: Any = type("Main", (_Additions, HydraMain), {"typed": schema is not None})
+        with _hydra(f" in {config_name}.yaml"):
             return kind(main, config_name, config_path, version_base=version_base)
-        except Exception as error:
-            raise SystemExit(f"Config error in {config_name}.yaml: {explain(error)}") from error
 
     return decorate
-
-
-def _main_class(typed: bool) -> Any:
-    """Return Dora's entry point, with the additions of `hydra_main`."""
-    from dora.hydra import HydraMain
-
-    _patch_dora()
-    return type("Main", (_Additions, HydraMain), {"typed": typed})
 
 
 _Base: Any = object  # `HydraMain` follows it, which is imported when used
@@ -135,6 +133,16 @@ class _Additions(_Base):  # type: ignore[misc]
     def _get_base_config(self, overrides: Any = ()) -> Any:
         base, delta = super()._get_base_config(overrides)
         return base, _without_defaults(self, delta)
+
+    def _get_delta(self, init: Any, other: Any) -> Any:
+        from omegaconf import OmegaConf
+
+        for key, value in super()._get_delta(init, other):  # a signature knows no Enum
+            plain: Any = OmegaConf.to_container(OmegaConf.create([value]), enum_to_str=True)
+            yield key, plain[0]
+
+    def get_xp_history(self, xp: Any) -> Any:
+        return read_history(xp.link)
 
     def _get_dora(self) -> Any:
         dora = super()._get_dora()
@@ -194,10 +202,10 @@ def _requeue(by: str) -> None:
 
 def _composed(main: Any, get_xp: Callable[..., Any], argv: list[str], typed: bool) -> Any:
     """Compose a config from overrides; SystemExit names a wrong override in a line."""
-    from omegaconf import OmegaConf
-
-    keys = flatten(cast(Any, OmegaConf.to_container(main._base_cfg)))
-    known = [*keys, *(name for name in main._config_groups if not name.startswith("hydra"))]
+    known = [
+        *_values(main._base_cfg, resolve=False),
+        *(name for name in main._config_groups if not name.startswith("hydra")),
+    ]
     for override in argv:
         if has_no_effect(override):
             raise SystemExit(
@@ -206,10 +214,45 @@ def _composed(main: Any, get_xp: Callable[..., Any], argv: list[str], typed: boo
             )
         if typed and override[0] == "+" and override.strip("+").partition("=")[0] not in known:
             raise SystemExit(f"Config error: {override}: no such key, {NEW_KEY}")
+    with _hydra("", known):
+        xp = get_xp(argv)
+        changing = [key for key in _changing(xp.cfg) if not xp.dora.is_excluded(key)]
+    if changing:
+        cure = "write a value there, or add the key to dora.exclude"
+        raise SystemExit(f"Config error: {changing[0]} has another value at each start: {cure}")
+    return xp
+
+
+def _changing(cfg: Any) -> Iterator[str]:
+    """Yield the keys whose values change by themselves, from start to start or rank to rank."""
+    once, again = _values(cfg, resolve=True), _values(cfg, resolve=True)
+    yield from (key for key, value in once.items() if value != again.get(key))
+    written = _values(cfg, resolve=False)
+    yield from (key for key, value in written.items() if _VOLATILE.search(value))
+
+
+def _values(cfg: Any, resolve: bool) -> dict[str, str]:
+    """Return the values of a config, or what is written there, by their dotted keys."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.clear_cache(cfg)
+    plain: Any = OmegaConf.to_container(cfg, resolve=resolve)
+    return {key: repr(value) for key, value in flatten(plain).items()}
+
+
+@contextmanager
+def _hydra(where: str, known: Sequence[str] = ()) -> Iterator[None]:
+    """Use Hydra in the body, beside that of a notebook; SystemExit has a line on an error there."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    theirs = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
     try:
-        return get_xp(argv)
+        yield
     except Exception as error:
-        raise SystemExit(f"Config error: {explain(error, known)}") from None
+        raise SystemExit(f"Config error{where}: {explain(error, known)}") from None
+    finally:
+        GlobalHydra.instance().hydra = theirs
 
 
 def has_no_effect(override: str) -> bool:
@@ -244,45 +287,6 @@ def _runs_folder(main: Any, default: Path) -> Path:
     cloned = "_DORA_ORIGINAL_DIR" in os.environ
     beside = not wanted.is_absolute() and (repo / "pyproject.toml").exists() and not cloned
     return repo / wanted if beside else default
-
-
-def explain(error: BaseException, known: Sequence[str] = ()) -> str:
-    """Return a line on an error in the config, from all its causes, with the nearest key."""
-    if options := getattr(error, "options", None):
-        group, _, name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
-        return f"there is no {group}={name}: {group} is one of {', '.join(sorted(options))}"
-    # Hydra's parser keeps the override that it can't read apart from its message.
-    lines = [override] if (override := getattr(error, "override", "")) else []
-    cause: BaseException | None = error
-    key = ""
-    while cause is not None:
-        text = str(cause) or type(cause).__name__
-        key = key or (found[1] if (found := re.search(r"full_key: (\S+)", text)) else "")
-        text = re.sub(r"^In '\S+': \w+ raised while composing config:\n", "", text)
-        lines.append(text.replace(":\n", ": ").splitlines()[0].rstrip("."))
-        if (mark := getattr(cause, "problem_mark", None)) is not None:  # of YAML's parser
-            lines.append(f"line {mark.line + 1}: {getattr(cause, 'problem', '')}")
-        cause = cause.__cause__
-    return ": ".join(dict.fromkeys([*lines, *_hints(lines, key, known)]))
-
-
-def _hints(lines: Sequence[str], key: str, known: Sequence[str]) -> Iterator[str]:
-    """Yield hints on an error in the config."""
-    if key and not any(key in line for line in lines):
-        yield f"in {key}"
-    if inner := [name for name in known if name.startswith(f"{key}.")]:
-        yield f"its keys are {', '.join(inner)}"
-    elif key and known and key not in known:
-        ends = {name.rpartition(".")[2]: name for name in known}  # `lr` may be that of `optim`
-        near = [ends.get(n, n) for n in difflib.get_close_matches(key, [*known, *ends], n=1)]
-        yield f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}"
-    half_new = "Missing mandatory value" if known else "not in '"  # in the schema or config only
-    hints = {
-        half_new: NEW_KEY,
-        "is not a ListConfig": "a list is written [a, b]",
-        "Ambiguous value": "one value makes one run; for several runs, write a grid",
-    }
-    yield from (hint for words, hint in hints.items() if any(words in line for line in lines))
 
 
 # --------------------------------------------------------------------------------------- patches

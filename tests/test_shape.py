@@ -41,7 +41,7 @@ FLOORS += [
     "ema",
     "adversarial",
 ]
-FLOORS += ["launch", "__init__"]
+FLOORS += ["hints", "launch", "__init__"]
 
 
 def sources() -> dict[str, str]:

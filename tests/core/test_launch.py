@@ -209,6 +209,126 @@ def test_a_wrong_line_in_the_config_is_named(toy: Path, line: str, said: str) ->
     assert re.fullmatch(f"{said}.*", error), error
 
 
+@pytest.mark.parametrize(
+    ("line", "override"),
+    [
+        ("lr: ${now:%f}", ""),
+        ("lr: 0.${now:%d}", ""),
+        ("lr: ${oc.env:LOCAL_RANK,1}", ""),
+        ("lr: ${draw:}", ""),
+        ("lr: ${kept:}", ""),
+        ("lr: 0.1", "lr=${draw:}"),
+    ],
+)
+def test_a_value_that_changes_by_itself_is_named(toy: Path, line: str, override: str) -> None:
+    draw = """
+import random
+from omegaconf import OmegaConf
+OmegaConf.register_new_resolver("draw", random.random)
+OmegaConf.register_new_resolver("kept", random.random, use_cache=True)
+"""
+    (toy / "toy" / "train.py").write_text(draw + TRAIN)
+    path = toy / "toy" / "config" / "config.yaml"
+    path.write_text(CONFIG.replace("lr: 0.1", line))
+    arguments = ["-m", "toy.train", *filter(None, [override])]
+    said = python(toy, *arguments, code=1).strip()
+    assert re.fullmatch("Config error: lr .*dora.exclude", said), said
+    assert not runs(toy)
+    path.write_text(path.read_text().replace("dora: {", "dora: {exclude: [lr], "))
+    for _ in range(2):
+        python(toy, *arguments)
+    assert len(runs(toy)) == 1
+
+
+ENUM = """
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+from core import BaseSolver
+from core.launch import hydra_main
+
+class Kind(Enum):
+    SMALL = 1
+    LARGE = 2
+
+@dataclass
+class Config:
+    kind: Kind
+    all: list[Kind]
+    dora: Any
+    by_name: dict[str, Kind] = field(default_factory=lambda: {"a": Kind.SMALL})
+
+@hydra_main(config_path="config", config_name="config", schema=Config)
+def main(cfg):
+    assert all(isinstance(kind, Kind) for kind in (cfg.kind, *cfg.all, *cfg.by_name.values()))
+    solver = BaseSolver()
+    with solver.running():
+        solver.run_stage("train", lambda: {"kind": cfg.kind.value})
+        solver.commit()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("override", ["kind=LARGE", "all=[LARGE,SMALL]", "by_name.a=LARGE"])
+def test_an_enum_can_be_overridden(toy: Path, override: str) -> None:
+    (toy / "toy" / "train.py").write_text(ENUM)
+    config = "defaults: [schema, _self_]\nkind: SMALL\nall: [SMALL]\ndora: {dir: outputs}\n"
+    (toy / "toy" / "config" / "config.yaml").write_text(config)
+    for _ in range(2):  # which resumes
+        python(toy, "-m", "toy.train", override)
+    [folder] = runs(toy)
+    assert "LARGE" in (folder / "config.json").read_text()
+    assert len(json.loads((folder / "history.json").read_text())) == 2
+    python(toy, "-m", "toy.train")
+    python(toy, "-m", "dora", "-P", "toy", "run", "-f", folder.name)
+    assert len(runs(toy)) == 2
+    assert len(json.loads((folder / "history.json").read_text())) == 3
+    said = python(toy, "-m", "toy.train", "kind=HUGE", code=1).strip()
+    assert re.fullmatch("Config error: .*HUGE.*LARGE.*", said), said
+
+
+def test_hydra_may_be_in_use_already(toy: Path) -> None:
+    (toy / "other").mkdir()
+    (toy / "other" / "mine.yaml").write_text("size: 3")
+    code = f"""
+        import hydra
+        hydra.initialize_config_dir({str(toy / "other")!r}, version_base="1.3")
+        from toy.train import main
+        assert main.get_xp(["lr=4"]).cfg.lr == 4
+        try:
+            main.get_xp(["lrr=4"])
+        except SystemExit as error:
+            print(error)
+        assert hydra.compose("mine").size == 3
+    """
+    assert python(toy, "-c", textwrap.dedent(code)).startswith(
+        "Config error: Could not override 'lrr'"
+    )
+
+
+def test_doras_commands_survive_a_damaged_history(toy: Path) -> None:
+    python(toy, "-m", "toy.train")
+    (runs(toy)[0] / "history.json").write_text("[{")
+    code = "from toy.train import main; assert main.get_xp_history(main.get_xp([])) == []"
+    assert "history.json" in python(toy, "-c", code)
+
+
+def test_processes_meet_in_a_folder_of_any_name(toy: Path, tmp_path: Path) -> None:
+    place = tmp_path / "a?rank=2#b&c;d%23 e"
+    place.mkdir()
+    repo = toy.rename(place / "repo")
+    (repo / "toy" / "train.py").write_text(
+        FLASHY.replace("from dora import", "from core.launch import")
+    )
+    config = repo / "toy" / "config" / "config.yaml"
+    config.write_text("lr: 0.1\nepochs: 1\ndora: {dir: outputs}\n")
+    python(repo, "-m", "dora", "-P", "toy", "run", "-d", "--ddp_workers=2")
+    [run] = runs(repo)
+    assert json.loads((run / "history.json").read_text())
+
+
 def test_a_folder_that_cant_be_written_is_one_line(toy: Path) -> None:
     for command in (["toy.train"], ["dora", "-P", "toy", "run"]):
         error = python(toy, "-m", *command, code=1, TOY_DIR="/dev/null").strip()
