@@ -52,11 +52,18 @@ def _meeting_point() -> str:
 
     Dora removes the file of an earlier start, and unlike ports no two runs share it.
     """
-    return f"file://{Path(xp.rendezvous_file).absolute()}" if (xp := _running()) else "env://"
+    return f"dora://{quote(str(xp.rendezvous_file))}" if (xp := _running()) else "env://"
+
+
+def _meet(url: str, **_: Any) -> Iterator[tuple[FileStore, int, int]]:
+    """Yield the store in Dora's file: for PyTorch's `file://`, a path ends at a `#` or `?`."""
+    yield FileStore(str(_running().rendezvous_file.absolute()), world_size()), rank(), world_size()
 
 
 finders.append(_running)
 this_process.meeting_point = _meeting_point
+with suppress(RuntimeError):  # known already, to another copy of this file
+    register_rendezvous_handler("dora", _meet)
 
 # A process of a job on Slurm: ranks and address go to the environment, as torchrun leaves them.
 if "SUBMITIT_EXECUTOR" in os.environ and "WORLD_SIZE" not in os.environ:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
@@ -55,15 +56,17 @@ def setup_logging(
         log_name: of the file; `{rank}` stands for the rank.
         level: of the records to keep.
     """
-    root, in_terminal = logging.getLogger(), sys.stderr.isatty()
+    if not sys.stderr or sys.stderr.closed:  # as some daemons start a program
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    root, shown = logging.getLogger(), in_terminal()
     root.setLevel(level)
     for handler in [*root.handlers]:
         if type(handler) in (logging.StreamHandler, logging.FileHandler):
             root.removeHandler(handler)
             handler.close()
     # In a terminal, lines go above a live bar.
-    stderr = logging.StreamHandler(DummyTqdmFile(sys.stderr) if in_terminal else sys.stderr)
-    stderr.setFormatter(_Coloured() if in_terminal else _Plain())
+    stderr = logging.StreamHandler(DummyTqdmFile(sys.stderr) if shown else sys.stderr)
+    stderr.setFormatter(_Coloured() if shown else _Plain())
     stderr.addFilter(lambda record: not getattr(record, "file_only", False))
     stderr.setLevel(root.level if distrib.is_rank_zero() else max(root.level, logging.WARNING))
     root.addHandler(stderr)
@@ -206,7 +209,7 @@ class LogProgressBar(Generic[T]):
     def _live_bar(self) -> Any:
         """Return a bar if stderr is a terminal; else None."""
         shown = self.updates > 0 and self.logger.isEnabledFor(self.level)
-        if not (shown and sys.stderr.isatty() and distrib.is_rank_zero()):
+        if not (shown and in_terminal() and distrib.is_rank_zero()):
             return None
         options = {"leave": False, "dynamic_ncols": True, "mininterval": 0.5}
         return tqdm(desc=self.name, total=self.total, initial=self.done, **options)
@@ -233,7 +236,7 @@ class LogProgressBar(Generic[T]):
         if waited > 0.1 * seconds and seconds > 1:
             parts.append(f"waits for data {waited / seconds:.0%}")
         # A terminal has the bar.
-        self.logger.log(self.level, self._line(*parts), extra={"file_only": sys.stderr.isatty()})
+        self.logger.log(self.level, self._line(*parts), extra={"file_only": in_terminal()})
         self.on_log()
         return now
 

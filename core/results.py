@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -217,7 +218,13 @@ class Logs:
         self.result_logger.init_wandb(*args, **kwargs)
 
     def init_trackers(self, names: Iterable[str], project: str | None = None) -> None:
-        """Send results to trackers by name, as a config lists them: `tensorboard`, `wandb`."""
+        """Send results to trackers by name, as a config lists them: `tensorboard`, `wandb`.
+
+        Args:
+            names: of the trackers.
+            project: of W&B's, unless `WANDB_PROJECT` is set.
+        """
+        project = os.environ.get("WANDB_PROJECT") or project
         for name in names:
             if name not in ("tensorboard", "wandb"):
                 raise UserError(f"no tracker is called {name!r}; there are tensorboard and wandb")

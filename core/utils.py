@@ -58,7 +58,7 @@ def write_and_rename(
     path = Path(path)
     temporary = path.with_name(path.name + suffix + (f".{os.getpid()}" if pid else ""))
     try:
-        with open(temporary, mode) as file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

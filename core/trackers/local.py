@@ -56,7 +56,7 @@ class LocalFiles(Tracker):
         Image.fromarray(to_bytes(image)).save(self._media(stage, key, step, ".png"))
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
-        self._media(stage, key, step, ".txt").write_text(text, encoding="utf-8")
+        self._media(stage, key, step, ".txt").write_text(text, "utf-8", "backslashreplace")
 
     def _media(self, stage: str, key: str, step: int, suffix: str) -> Path:
         path = self.xp.folder / "outputs" / f"{stage}_{step}" / f"{key}{suffix}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import os
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ OFFLINE_ROWS = 10**6  # that one start of a run may log
 class WandB(Tracker):
     """Sends everything to Weights & Biases; offline too, with `WANDB_MODE=offline`.
 
-    The run's id is its signature, so a resumed run continues in the same page.
+    The run's id is its signature, so a resumed run continues in the same page. The environment
+    replaces each default: `WANDB_PROJECT`, `WANDB_NAME`, `WANDB_RUN_ID`, `WANDB_DIR` and others.
 
     Args:
         xp: the run.
@@ -42,8 +45,10 @@ class WandB(Tracker):
     ) -> None:
         super().__init__(xp, with_media_logging)
         self.project = project
-        self.name = name or xp.sig
+        self.name = name or _told("NAME", xp.sig)
         self.group = group
+        self.id = _told("RUN_ID", xp.sig)
+        self.dir = Path(_told("DIR", xp.folder))
         self._hyperparams: dict[str, Mapping[str, Any]] = {}
         self._axes: set[str] = set()
         self._rows = itertools.count()
@@ -55,7 +60,7 @@ class WandB(Tracker):
             self._opened = self._open()
             # W&B's step may only grow, also when an epoch is repeated: so axes are of our own, and
             # rows just get numbers. Offline, W&B does not know how far an earlier start came.
-            starts = len(list((self.xp.folder / "wandb").glob(f"offline-run-*-{self.xp.sig}")))
+            starts = len(list((self.dir / "wandb").glob(f"offline-run-*-{self.id}")))
             earlier = OFFLINE_ROWS * (starts - 1) if starts else 0
             self._rows = itertools.count(max(self._opened.step, earlier))
             self._opened.define_metric("epoch")
@@ -74,11 +79,13 @@ class WandB(Tracker):
             project=self.project,
             name=self.name,
             group=self.group,
-            id=self.xp.sig,
-            dir=self.xp.folder,
+            id=self.id,
+            dir=self.dir,
             resume="allow",
             reinit="finish_previous",  # else a second run of this process would join it
         )
+        if _told("DISABLED", "").lower() in ("1", "true", "yes", "on"):
+            return start(mode="disabled")
         if wandb.setup().settings.mode != "online":
             return start()
         try:
@@ -130,3 +137,8 @@ class WandB(Tracker):
 
     def _log(self, row: dict[str, Any]) -> None:
         self._run().log(row, step=next(self._rows))
+
+
+def _told(name: str, default: Any) -> Any:
+    """Return a variable of W&B's from the environment, or else a default."""
+    return os.environ.get(f"WANDB_{name}") or default

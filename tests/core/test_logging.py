@@ -561,6 +561,57 @@ def test_two_runs_of_a_process_are_two_pages_of_wandb(
     assert list((tmp_path / "two").glob("wandb/offline-run-*-two"))
 
 
+@pytest.fixture
+def wandb() -> Iterator[Any]:
+    """W&B, as if just started: it reads the environment once."""
+    module = pytest.importorskip("wandb")
+    module.teardown()
+    yield module
+    module.teardown()
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_wandb_listens_to_its_environment(
+    explicit: bool, wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    env = {"MODE": "offline", "SILENT": "true", "PROJECT": "theirs", "NAME": "named"}
+    env |= {"RUN_ID": "chosen", "DIR": str(tmp_path / "elsewhere")}
+    for name, value in env.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    given: Any = {"project": "ours", "name": "mine"} if explicit else {}
+    tracker = WandB(FolderXP(tmp_path / "run", sig="abc"), **given)
+    tracker.log_metrics("train", {"loss": 1.0}, 1)
+    run = tracker._opened
+    assert (run.project, run.name) == (("ours", "mine") if explicit else ("theirs", "named"))
+    assert run.id == "chosen"
+    run.finish()
+    assert list(tmp_path.glob("elsewhere/wandb/offline-run-*-chosen"))
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
+@pytest.mark.parametrize("name", ["WANDB_MODE", "WANDB_DISABLED"])
+def test_wandb_can_be_disabled(
+    name: str, wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "disabled" if name == "WANDB_MODE" else "true")
+    log_all(tracker := WandB(FolderXP(tmp_path, sig="abc")), range(1, 3))
+    assert tracker._opened.disabled
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_the_environment_names_the_project_rather_than_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solver = BaseSolver(tmp_path)
+    solver.init_trackers(["wandb"], project="package")
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    solver.init_trackers(["wandb"], project="package")
+    solver.init_wandb(project="ours")
+    trackers = [t for t in solver.result_logger.trackers if isinstance(t, WandB)]
+    assert [tracker.project for tracker in trackers] == ["package", "theirs", "ours"]
+
+
 def test_wandb_without_a_server(tmp_path: Path, said: list[str]) -> None:
     pytest.importorskip("wandb")
     code = "from core.trackers.wandb import WandB; from core.run import FolderXP; import logging;"

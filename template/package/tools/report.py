@@ -26,7 +26,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from . import flatten, write_text
+from . import escape_output, flatten, write_text
 
 # Okabe and Ito's colours, without those that vanish on white or on black; then the kinds of line.
 COLOURS = ["#0a83c9", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#8c8c8c"]
@@ -332,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dir", type=Path, help="folder of the runs; the project's by default")
     parser.add_argument("--out", type=Path, help="the page; report.html above the runs by default")
     args = parser.parse_args(argv)
+    escape_output()
     folder = args.dir or runs_folder()
     folder = folder / "xps" if (folder / "xps").is_dir() else folder
     runs = find_runs(folder, args.sig)

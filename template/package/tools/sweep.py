@@ -33,7 +33,7 @@ from dora.shep import Sheep
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from . import flatten, write_text
+from . import escape_output, flatten, write_text
 
 TAIL = 15  # lines of the log of a run that failed
 GRACE = 60.0  # seconds for a run to save before it is killed
@@ -330,6 +330,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the grid; see the head of this file."""
     args = parse(argv)
+    escape_output()
     package = (__package__ or "").rpartition(".")[0]
     train = importlib.import_module(f"{package}.train")
     grid, gpus = Grid(train.main, args.grid), gpus_here()
