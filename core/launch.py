@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -303,7 +303,7 @@ def _runs_folder(main: Any, default: Path) -> Path:
 
 def _patch_dora() -> None:
     """Work around faults of Dora, each named by its file and function."""
-    from dora import git_save
+    from dora import git_save, grid, launch, run
     from dora.executor import ChildrenManager
     from dora.shep import Shepherd
 
@@ -314,33 +314,33 @@ def _patch_dora() -> None:
         os.getlogin = getpass.getuser
 
     # dora/git_save.py, `assign_clone`: links code into a folder that a new run does not have yet.
-    assign = git_save.assign_clone
-
-    @functools.wraps(assign)
-    def assign_clone(xp: Any, clone: Any) -> None:
-        xp.folder.mkdir(parents=True, exist_ok=True)
-        assign(xp, clone)
-
+    _within(git_save, "assign_clone", lambda xp, _: nullcontext(xp.folder.mkdir(0o777, True, True)))
     # dora/shep.py, `Shepherd.__init__`: makes its folders before our own code can catch an error.
-    start = Shepherd.__init__
-
-    @functools.wraps(start)
-    def init(*args: Any, **kwargs: Any) -> None:
-        with _write_errors():
-            start(*args, **kwargs)
-
+    _within(Shepherd, "__init__", lambda *_: _write_errors())
     # dora/executor.py, `ChildrenManager.__exit__`: ends the launcher while its processes save.
-    leave: Any = ChildrenManager.__exit__
+    _within(ChildrenManager, "__exit__", lambda self, *_: _asking_to_stop([*self.children]))
+    # `--clear`, in three files: deletes a run that trains.
+    for module, name in ((run, "rmtree"), (launch, "reliable_rmtree"), (grid, "reliable_rmtree")):
+        _within(module, name, _not_training)
 
-    @functools.wraps(leave)
-    def leave_together(self: Any, *error: Any) -> None:
-        with _asking_to_stop([*self.children]):
-            leave(self, *error)
 
-    if not hasattr(assign, "__wrapped__"):
-        ChildrenManager.__exit__ = leave_together  # type: ignore[method-assign]
-        git_save.assign_clone = assign_clone
-        Shepherd.__init__ = init  # type: ignore[method-assign]
+def _within(owner: Any, name: str, context: Callable[..., Any]) -> None:
+    """Enter a context, made from the arguments, at each call of a function of Dora."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def patched(*args: Any, **kwargs: Any) -> None:
+        with context(*args):
+            original(*args, **kwargs)
+
+    if not hasattr(original, "__wrapped__"):
+        setattr(owner, name, patched)
+
+
+def _not_training(folder: Path) -> Any:
+    """End with one line if another process trains the run of a folder."""
+    with _write_errors(), locked(FolderXP(folder)):
+        return nullcontext()
 
 
 @contextmanager
@@ -366,13 +366,13 @@ def _asking_to_stop(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 @contextmanager
 def _write_errors() -> Iterator[None]:
-    """End with one line if the folder of runs can't be written."""
+    """End with one line if the folder of runs can't be written, or a run is locked."""
     try:
         yield
+    except UserError as error:
+        raise SystemExit(str(error)) from None
     except OSError as error:
-        raise SystemExit(
-            f"Runs can't be written: {error}. Make room there, or choose another dora.dir"
-        ) from None
+        raise SystemExit(f"No runs, {error}: make room there, or change dora.dir") from None
 
 
 def _omit_gpus_without_any() -> None:
@@ -384,10 +384,8 @@ def _omit_gpus_without_any() -> None:
 
     if shutil.which("srun") is None:
         if "--dry_run" not in sys.argv:
-            raise SystemExit(
-                "There is no Slurm here (no srun). `dora run` trains on this machine, and "
-                "`python -m <package>.tools.sweep GRID` runs a grid on it"
-            )
+            cure = "`dora run` and `python -m <package>.tools.sweep GRID` do without"
+            raise SystemExit(f"There is no Slurm here (no srun): {cure}")
         return
     original = Shepherd._get_submitit_executor
 

@@ -119,6 +119,22 @@ def test_two_commands_do_not_train_one_run(project: Path) -> None:
     first.finish(130)
 
 
+def test_a_run_that_trains_is_not_cleared(project: Path) -> None:
+    gate = Gate(project)
+    command = ["-m", "dora", "run", "trackers=[]", "epochs=2"]
+    first = Command(project, *command)
+    first.until(gate.reached)
+    [folder] = project.glob("outputs/xps/*")
+    said = run(project, *command[:3], "--clear", *command[3:], code=1)
+    assert f"run {folder.name} is training in another process" in said
+    assert "Traceback" not in said
+    gate.open()
+    first.finish()
+    assert len(history(project)) == 2
+    said = run(project, *command[:3], "--clear", *command[3:])
+    assert "starts in epoch 1" in said
+
+
 def test_all_processes_of_a_run_are_asked_to_stop(project: Path) -> None:
     gate = Gate(project)
     options = ["-d", "--ddp_workers=2", "trackers=[]", "device=cpu", "data.num_workers=1"]
