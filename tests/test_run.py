@@ -154,7 +154,7 @@ def test_an_error_on_another_rank_is_shown_and_ends_the_run(project: Path) -> No
     solver.write_text(text)
     options = ["-d", "--ddp_workers=2", "trackers=[]", "device=cpu"]
     said = run(project, "-m", "dora", "run", *options, code=1)
-    assert "Rank 1 failed: ValueError: mine" in said
+    assert "rank 1 failed: ValueError: mine" in said
     assert "The run failed" in said
     [log] = project.glob("outputs/xps/*/solver.log.1")
     assert "ValueError: mine" in log.read_text()
