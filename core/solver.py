@@ -65,12 +65,13 @@ class BaseSolver(Logs):
     # ----------------------------------------------------------------------------------- the run
 
     def run(self) -> None:
-        """Train in epochs of `train` and `valid` until the config's `epochs` are committed.
+        """Train in epochs of `train` and `valid`, until `cfg.epochs` of them are committed.
 
-        Override it for other stages, or another order.
+        The config is `self.cfg`, else the run's. Override for other stages, or another order.
         """
+        epochs = getattr(self, "cfg", self.xp.cfg).epochs
         with self.running():
-            for _ in range(self.epoch, self.xp.cfg.epochs + 1):
+            for _ in range(self.epoch, epochs + 1):
                 for name in ("train", "valid"):
                     self.run_stage(name, getattr(self, name))
                 self.commit()

@@ -220,6 +220,24 @@ def test_what_is_no_metric_is_named(tmp_path: Path) -> None:
         averager()(None)  # type: ignore[arg-type]
 
 
+def test_a_config_of_the_solver_says_how_many_epochs(tmp_path: Path) -> None:
+    """Such as of a solver that a notebook makes, with a folder for its run."""
+
+    class Own(BaseSolver):
+        def __init__(self) -> None:
+            super().__init__(tmp_path)
+            self.cfg = OmegaConf.create({"epochs": 2})
+
+        def train(self) -> dict[str, float]:
+            return {"loss": 1.0}
+
+        valid = train
+
+    solver = Own()
+    solver.run()
+    assert len(solver.history) == 2
+
+
 def test_unknown_tracker_and_missing_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'tensorbord'"):
         Solver(tmp_path).init_trackers(["tensorbord"])
