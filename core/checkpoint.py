@@ -204,7 +204,7 @@ def save(
             why = why.__context__
         raise CheckpointError(
             f"epoch {epoch} could not be saved to {path}: {why or error}; "
-            "earlier checkpoints are intact: mend that, and the same command resumes"
+            "earlier checkpoints are intact: mend the cause, then resume with the same command"
         ) from error
     if is_commit:
         _prune(path, history, policy, best)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset, get_worker_info
 
 from . import distrib, workers
 from .rng import Position, derive_seed, position
@@ -42,7 +42,7 @@ def split_batch(batch_size: int) -> int:
 
 
 def loader(
-    dataset: Dataset[Any],
+    dataset: Any,
     *args: Any,
     shuffle: bool = False,
     klass: Callable[..., Any] = DataLoader,
@@ -58,7 +58,7 @@ def loader(
     once, and no collective belongs in the loop. Iterable datasets are dealt out over workers too.
 
     Args:
-        dataset: map-style or iterable.
+        dataset: map-style, such as a `Dataset` or a list, or iterable.
         args, kwargs: of `klass` after the dataset; the batch size is per rank.
         klass: `torch.utils.data.DataLoader`, or a class with the same arguments.
         seed: of the order, and of the random numbers drawn in workers.
@@ -73,9 +73,9 @@ def loader(
         dataset = _IterableShard(dataset)
     else:
         batch = (size or 1) * distrib.world_size()
-        if limit:
-            dataset = Subset(dataset, range(min(limit * batch, len(cast(Sized, dataset)))))
-        examples = None if updates_per_epoch is None else updates_per_epoch * batch
+        if limit or not hasattr(dataset, "__dict__"):  # such as a list: workers set an attribute
+            dataset = Subset(dataset, range(len(dataset))[: limit * batch or None])
+        examples = updates_per_epoch and updates_per_epoch * batch
         multiple, kind = batch if kwargs.get("drop_last") else 1, sampler or EpochSampler
         kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples, multiple)
     # A generator of its own keeps the loader from drawing on the global one.

@@ -22,7 +22,7 @@ def explain(error: BaseException, known: Sequence[str] = ()) -> str:
         text = str(cause) or type(cause).__name__
         key = key or (found[1] if (found := re.search(r"full_key: (\S+)", text)) else "")
         text = re.sub(r"^In '\S+': \w+ raised while composing config:\n", "", text)
-        lines.append(text.replace(":\n", ": ").splitlines()[0].rstrip("."))
+        lines.append(f"{text}\n".replace(":\n", ": ").splitlines()[0].rstrip("."))
         if (mark := getattr(cause, "problem_mark", None)) is not None:  # of YAML's parser
             lines.append(f"line {mark.line + 1}: {getattr(cause, 'problem', '')}")
         cause = cause.__cause__

@@ -219,7 +219,8 @@ def _composed(main: Any, get_xp: Callable[..., Any], argv: list[str], typed: boo
                 f"Config error: {override}: set it in config.yaml, which is read before overrides; "
                 "for jobs there are `dora launch -g` and, in a grid, `launcher.slurm_`"
             )
-        if typed and override[0] == "+" and override.strip("+").partition("=")[0] not in known:
+        key = override.strip("+").partition("=")[0]
+        if typed and override.startswith("+") and key not in known:
             raise SystemExit(f"Config error: {override}: no such key, {NEW_KEY}")
     with _hydra("", known):
         xp = get_xp(argv)

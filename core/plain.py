@@ -68,7 +68,7 @@ def to_plain(
         if isinstance(value, conversion.kind):
             try:
                 parts = conversion.get(value)
-            except TypeError:  # such as an array of texts
+            except (TypeError, ValueError):  # such as an array of texts
                 break
             converted = to_plain(parts, name, copy, exact)
             return _marked(label, value, converted, name) if exact else converted
@@ -90,7 +90,7 @@ def from_plain(value: Any) -> Any:
             try:
                 return CONVERSIONS[label].set(about, plain)
             except Exception as error:
-                raise UserError(f"the checkpoint has a {label} {about}, now unknown") from error
+                raise UserError(f"the checkpoint needs {about} for a {label}") from error
     return new
 
 
@@ -99,7 +99,9 @@ def _marked(label: str, value: Any, converted: Any, name: str) -> Any:
     marked: Any = OrderedDict({label: converted})
     marked.mark = CONVERSIONS[label].about(value)
     with suppress(UserError):
-        if type(from_plain(marked)) is type(value):
+        found = from_plain(marked)
+        same_unit = getattr(found, "dtype", None) == getattr(value, "dtype", None)
+        if type(found) is type(value) and same_unit:
             return marked
     raise TypeError(f"{name} is a {type(value).__qualname__}: a checkpoint can't give it back")
 
@@ -167,9 +169,7 @@ CONVERSIONS = {
     "namespace": Conversion(Namespace, vars, lambda _, v: Namespace(**v)),
     "set": Conversion((set, frozenset), list, lambda kind, v: NAMES[kind](v), _name),
     "deque": Conversion(deque, list, _deque, lambda v: "" if v.maxlen is None else str(v.maxlen)),
-    "defaultdict": Conversion(
-        defaultdict, dict, _defaultdict, lambda v: getattr(v.default_factory, "__name__", "")
-    ),
+    "defaultdict": Conversion(defaultdict, dict, _defaultdict, _factory),
     "dict": Conversion(dict, lambda v: [*v.items()], lambda kind, v: NAMES[kind](dict(v)), _name),
     # Of subclasses, as in a config: only to be read.
     "text": Conversion(str, str, lambda _, v: v),

@@ -171,8 +171,9 @@ class ResultLogger:
 
 def to_numbers(metrics: Metrics) -> dict[str, Any]:
     """Convert metrics to plain numbers: tensors and NumPy values of one element too."""
-    values = to_plain(metrics, "metrics")
-    return {n: v.tolist() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+    values: dict[str, Any] = to_plain(metrics, "metrics")
+    tensors = {n: v.squeeze().tolist() for n, v in values.items() if isinstance(v, torch.Tensor)}
+    return values | tensors
 
 
 class Logs:

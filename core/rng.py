@@ -21,7 +21,7 @@ class Position:
 
     Args:
         epoch: from 1.
-        stage: number of the stage in the epoch.
+        stage: checksum of the stage's name and repetition in the epoch.
         step: of its loop; 0 while data is fetched.
         passes: of each sampler, where its last pass was, and the number of this pass there.
     """

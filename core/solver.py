@@ -185,6 +185,8 @@ class BaseSolver(Logs):
         """
         if read_only:
             return self.__look(strict, version)
+        if version != "latest":
+            raise UserError(f"version={version!r} needs read_only=True; see weights()")
         state = checkpoint.load(self.checkpoint_path)
         saved, later = len(state["history"]) if state else 0, len(read_history(self.xp.link))
         if later > saved:
@@ -329,7 +331,7 @@ class BaseSolver(Logs):
         """
         if self._current_stage is not None:
             raise RuntimeError(
-                f"stage {stage_name!r} begins within {self.current_stage!r}: not nested"
+                f"stage {stage_name!r} begins within {self.current_stage!r}: run one by one"
             )
         if self.__requests.listens and not self.__commits_here and not self.__epoch.done:
             self.__requests.agree()

@@ -183,7 +183,11 @@ class AttributeWrapper:
 
     def fit_state(self, state: Any, name: str) -> tuple[Any, Problems]:
         """Return the fitting part of a state, and the problems with the rest."""
-        return self._adapter.fit(self.value, state, name)
+        adapter, own = self._adapter, self.state_dict()
+        if not adapter.replaces and isinstance(own, dict) != isinstance(state, dict):
+            kinds = f"{type(state).__name__} in the checkpoint, {type(own).__name__} here"
+            return own, [f"{name}: {kinds}"]
+        return adapter.fit(self.value, state, name)
 
 
 class WriteOnlyWrapper:
@@ -243,7 +247,7 @@ class StateManager:
         usable, problems = self.fitting(state)
         self.refuse(problems, strict)
         for name, value in usable.items():
-            self.sources[name].load_state_dict(from_plain(value))
+            self.sources[name].load_state_dict(value)
 
     @staticmethod
     def refuse(problems: Problems, strict: bool) -> None:
@@ -261,7 +265,7 @@ class StateManager:
         usable: StateDict = {}
         differ: Problems = []
         for name in (name for name in self.sources if name in state):
-            usable[name], found = fit(self.sources[name], state[name], name)
+            usable[name], found = fit(self.sources[name], from_plain(state[name]), name)
             differ += found
         for name in usable.keys() & self.values(Optimizer) if differ else ():
             differ.append(f"{name}: of other weights")

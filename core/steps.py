@@ -136,7 +136,7 @@ class Stage:
         if returned is None and self.averages:
             logger.warning("Stage %s logged metrics and returned none: no return?", self.name)
         if returned and "duration" in returned:
-            raise ValueError(f"stage {self.name!r}: `duration` is what run_stage measures")
+            raise ValueError(f"stage {self.name!r}: run_stage adds `duration`: rename yours")
         metrics = to_numbers(returned or {}) | {"duration": self.seconds}
         self.epoch.counts = self.counts
         self.epoch.done.append((self.name, dict(metrics)))  # the caller may change its own
@@ -231,9 +231,9 @@ class Steps(Generic[T]):
         for name in self.finite:
             if found and not {name, f"{name}.nonfinite"} & found.keys():
                 raise ValueError(f"finite={name}: no metric has this name; there are {[*found]}")
-            if count := found.get(f"{name}.nonfinite"):
+            if f"{name}.nonfinite" in found:
                 raise UserError(
-                    f"{self.stage.name}: {name} was NaN or infinite {count:.0f} times: "
+                    f"{self.stage.name}: {name} was NaN or infinite: "
                     "lower the learning rate, or limit the gradient's norm"
                 )
         return found
@@ -248,10 +248,10 @@ class Steps(Generic[T]):
             logger.warning("A save waits: gradients are pending, or weights are lent")
         if request and training:
             stage.save(stage)
-        if request == "stop":
+        if request not in ("", "save"):
             if not training:
                 stage.step = stage.logged = 0
-            raise Stopped(requests.signal)
+            raise Stopped(request)
 
     def _begin(self) -> Iterator[T]:
         """Return the data's iterator; resume generators, state and averages as they were."""
@@ -312,7 +312,7 @@ def layout(data: Any) -> tuple[int, ...]:
 
 
 def share(cursor: Cursor, *seeds: int) -> StateDict:
-    """Return this rank's entry of a cursor.
+    """Return this rank's entry of a cursor; on another number of ranks, seed this process anew.
 
     On another number of ranks, rank zero takes over the averages of all, and generators are seeded
     anew, by the seed of the run and `seeds`.

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from . import distrib
+from .utils import UserError
 
 SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
@@ -58,13 +59,13 @@ class Requests:
         self._open: tuple[int, str] = -1, ""  # number and kind of the newest proposal
         self._asked = 0.0  # when the signal came
         self._lock = threading.Lock()  # between the two threads, but for `step` and `due`
-        self._scope = f"{next(_scopes)} "
+        self._scope = ""  # of notes, the same on all ranks
         self.renew()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take signals and the clock as requests for the time of the body."""
-        handlers = {}
+        self._scope, handlers = f"{next(_scopes)} ", {}
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         self.listens, ended = True, threading.Event()
@@ -92,7 +93,7 @@ class Requests:
         """Answer requests in a loop for the time of the body.
 
         Args:
-            place: epoch and number of the stage.
+            place: epoch and checksum of the stage.
             step: finished steps.
             saves: whether the loop can be saved between two steps.
         """
@@ -107,7 +108,7 @@ class Requests:
                     self._veto()
 
     def answer(self, ready: bool) -> str:
-        """Return `stop` or `save` if all ranks are ready after this step, else an empty text."""
+        """Return `save`, or the signal to stop, if all ranks are ready after this step; else ""."""
         if not distrib.is_distributed():
             self.due = math.inf if ready else self.due
             return self._wanted() if ready else ""
@@ -126,7 +127,9 @@ class Requests:
                 since = heard.setdefault((other, beat), time.monotonic())
                 if time.monotonic() - since > SILENCE:
                     distrib.this_process.broken = True
-                    raise RuntimeError(f"no word from rank {other}, which has ended or hangs")
+                    raise UserError(
+                        f"no word from rank {other}, which has ended or hangs: see its log"
+                    )
             time.sleep(0.005)
         with self._lock:
             if self._open[0] == number:  # else a new proposal is there
@@ -169,7 +172,7 @@ class Requests:
 
     def _wanted(self) -> str:
         if self.signal:
-            return "stop"
+            return self.signal
         late = time.monotonic() - self._saved > self._seconds
         return "save" if late and self._saves and not self._is_busy() else ""
 

@@ -109,7 +109,7 @@ def test_stages(tmp_path: Path) -> None:
         _ = solver.current_stage
     with pytest.raises(RuntimeError, match=r"'inner'.*'outer'"):
         solver.run_stage("outer", solver.run_stage, "inner", dict)
-    with pytest.raises(ValueError, match="stage 'slow': `duration` is what run_stage measures"):
+    with pytest.raises(ValueError, match="stage 'slow': run_stage adds `duration`"):
         solver.run_stage("slow", lambda: {"duration": 3.0})
     solver.commit()
     checkpoint.wait_for_writes()

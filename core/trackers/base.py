@@ -22,6 +22,8 @@ class Tracker:
     channels; both are on the CPU. `stage` is where a value comes from, `step` its epoch.
     """
 
+    with_media_logging = True  # of a subclass with an `__init__` of its own
+
     def __init__(self, xp: XP, with_media_logging: bool = True) -> None:
         self.xp = xp
         self.with_media_logging = with_media_logging

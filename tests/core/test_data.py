@@ -77,6 +77,20 @@ class Drawing(Numbers):
         return index, torch.rand(())
 
 
+def crop(examples: list[int]) -> list[float]:
+    """A collation that draws a random number for each example."""
+    return [torch.rand(()).item() for _ in examples]
+
+
+def test_random_numbers_of_a_list_resume_too() -> None:
+    def read(skipped: int) -> list[Any]:
+        made = loader([0] * 6, 2, num_workers=1, collate_fn=crop)
+        made.sampler.skip(skipped)
+        return list(made)
+
+    assert read(2) == read(0)[1:]
+
+
 @pytest.mark.parametrize("options", [{}, {"persistent_workers": True}])
 def test_each_reading_of_an_example_draws_other_numbers(options: dict[str, Any]) -> None:
     made = loader(Drawing(4), 1, num_workers=1, updates_per_epoch=8, **options)

@@ -109,6 +109,8 @@ def test_an_array_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
         np.ma.masked_array([1, 2]),
         np.array(["a"]),
         np.longdouble(1),
+        np.timedelta64(5, "ns"),
+        np.ones(2, dtype=">f4"),
         PurePosixPath("a"),
         defaultdict(lambda: 1),
         torch.return_types.max((torch.ones(1), torch.ones(1))),

@@ -190,3 +190,28 @@ def test_the_owner_is_not_kept_alive() -> None:
     finally:
         gc.enable()
     assert wrapper.name == "training"
+
+
+@pytest.mark.parametrize(
+    ("saved", "here"),
+    [
+        (None, nn.Linear(1, 1)),
+        (None, torch.optim.SGD([nn.Parameter(torch.ones(1))])),
+        ({"a": 1}, [1]),
+        ([1], {"a": 1}),
+        (nn.Linear(1, 1), [1]),
+    ],
+)
+def test_another_kind_of_state_is_named(saved: Any, here: Any, tmp_path: Path) -> None:
+    class Holder(BaseSolver):
+        def __init__(self, value: Any) -> None:
+            super().__init__(tmp_path)
+            self.value = value
+            self.register_stateful("value")
+
+    solver = Holder(saved)
+    solver.run_stage("train", dict)
+    solver.commit()
+    with pytest.raises(UserError, match=r"value: \w+ in the checkpoint, \w+ here"):
+        Holder(here).restore()
+    assert Holder(here).restore(strict=False)

@@ -28,7 +28,15 @@ from core.data import loader, split_batch
 from core.rng import position
 from core.stop import Stopped
 from core.tests.processes import on_ranks
-from core.tests.test_steps import Solver, assert_same, curves, history, run_until, solver_of
+from core.tests.test_steps import (
+    Solver,
+    assert_same,
+    curves,
+    history,
+    run_until,
+    solver_of,
+    train_and_stop,
+)
 from core.trackers import Tracker
 from core.utils import UserError
 
@@ -398,6 +406,18 @@ def test_a_second_signal_ends_the_run_at_once(
         Stubborn(tmp_path).run()
     assert not isinstance(ended.value, Stopped)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def stop_after_a_solver_of_its_own(folder: str, stop: Any) -> str:
+    """On each rank; rank zero has looked at another run before."""
+    if int(os.environ["RANK"]) == 0:
+        BaseSolver(Path(folder) / "other")
+    return train_and_stop(folder, stop)
+
+
+def test_a_solver_on_one_rank_alone_disturbs_no_stop(tmp_path: Path) -> None:
+    said = on_ranks(stop_after_a_solver_of_its_own, str(tmp_path), (1, "train", 1, 1))
+    assert said == ["stopped by SIGUSR1"] * 2
 
 
 class Late(Solver):
