@@ -56,6 +56,8 @@ def test_the_core_can_be_read_in_one_sitting() -> None:
     assert sum(counted.values()) <= LIMIT, counted
     assert sum(lines[name] for name in READING_PATH) <= 1500, lines
     assert [name for name, n in lines.items() if n > 250] == []
+    tools = (ROOT / "template" / "package" / "tools").glob("*.py")
+    assert [path.name for path in tools if code_lines(path.read_text()) > 250] == []
 
 
 def test_the_model_page_fits_on_a_page() -> None:

@@ -153,11 +153,10 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 def find_runs(folder: Path, sigs: Sequence[str]) -> list[Run]:
     """Return the runs in a folder by signature, or all by age; exit if one is not there."""
     found = {path.name: path for path in folder.glob("*") if (path / "history.json").exists()}
-    for sig in sigs:
-        if sig not in found:
-            near = difflib.get_close_matches(sig, found, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            sys.exit(f"report: no run {sig} with a committed epoch in {folder}{hint}")
+    if missing := [sig for sig in sigs if sig not in found]:
+        near = difflib.get_close_matches(missing[0], found, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        sys.exit(f"report: no run {missing[0]} with a committed epoch in {folder}{hint}")
     if not found:
         sys.exit(f"report: no run with a committed epoch in {folder}: train one with `dora run`")
     by_age = sorted(found.values(), key=lambda path: (path / "history.json").stat().st_mtime)
@@ -333,8 +332,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="the page; report.html above the runs by default")
     args = parser.parse_args(argv)
     escape_output()
-    folder = args.dir or runs_folder()
-    folder = folder / "xps" if (folder / "xps").is_dir() else folder
+    runs_in = (args.dir or runs_folder()) / "xps"
+    folder = runs_in if runs_in.is_dir() else runs_in.parent
     runs = find_runs(folder, args.sig)
     if args.json:
         print(json.dumps([summary(run) for run in runs], indent=2))
@@ -344,9 +343,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if more := keys[SHOWN_KEYS:]:
         print(f"They also differ in {', '.join(map(cell, more))}.")
     out = args.out or folder.parent / "report.html"
-    text = page(runs, f"Runs in {folder.parent.resolve().parent.name or folder}")
     try:
-        write_text(out, text)
+        write_text(out, page(runs, f"Runs in {folder.parent.resolve().parent.name or folder}"))
     except OSError as error:
         sys.exit(f"report: the page can't be written: {error}; choose a place with --out")
     print(f"Curves: {out}")

@@ -151,23 +151,19 @@ def _is_free(folder: Path) -> bool:
     try:
         with FileLock(folder / ".lock", timeout=0):
             return True
-    except Timeout:
-        return False
-    except (OSError, NotImplementedError):  # some file systems have no locks
-        return True
+    except (OSError, NotImplementedError) as error:  # some file systems have no locks
+        return not isinstance(error, Timeout)
 
 
 def _is_complete(xp: Any) -> bool:
     """Say whether a run ended well, with the present config, and was not cleared since."""
     end = _read(xp.folder / "sweep.json", {})
     epochs, config = end.get("epochs"), end.get("config")
-    if not isinstance(epochs, int) or not isinstance(config, dict):
+    if not (isinstance(epochs, int) and isinstance(config, dict)):
         return False
-    if epochs > len(_read(xp.folder / "history.json", [])):
-        return False
-    now = _config(xp)
+    now, done = _config(xp), len(_read(xp.folder / "history.json", []))
     # A key that is new since, or that makes no other run, does not count.
-    return all(repr(now.get(key)) == repr(value) for key, value in config.items())
+    return epochs <= done and all(repr(now.get(k)) == repr(value) for k, value in config.items())
 
 
 def _config(xp: Any) -> dict[str, Any]:
