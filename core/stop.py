@@ -69,11 +69,13 @@ class Requests:
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         self.listens, ended = True, threading.Event()
-        threading.Thread(target=self._watch, args=(ended,), daemon=True, name="requests").start()
+        watch = threading.Thread(target=self._watch, args=(ended,), daemon=True, name="requests")
+        watch.start()
         try:
             yield
         finally:
             ended.set()
+            watch.join(SILENCE)  # a thread that runs into the end of Python may crash it
             self.listens = False
             for number, handler in handlers.items():
                 signal.signal(number, handler)
