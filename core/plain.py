@@ -1,7 +1,7 @@
-"""Plain values: tensors and containers of Python, as a checkpoint holds, and the way back.
+"""Plain values: the tensors and Python containers in a checkpoint, and the way back.
 
-`CONVERSIONS` lists the other kinds of values that come back from a checkpoint as they were, at any
-depth. To add a kind, add a line.
+`CONVERSIONS` lists other kinds of values, given back as they were at any depth. To add a kind, add
+a line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .utils import UserError
 
 OnTensor = Callable[[torch.Tensor], torch.Tensor]
 
-# `torch.load(weights_only=True)` knows these types, and no other.
+# Types that `torch.load(weights_only=True)` reads.
 VALUES = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 MAPPINGS = {dict, OrderedDict, Counter}
 SEQUENCES = {list, tuple}

@@ -94,7 +94,7 @@ class BaseSolver(Logs):
                 raise UserError("nothing was saved, and this solver has trained: make a new one")
             self.__trained = True
             self.__requests = Requests(self.__policy.minutes, self.__writer.is_busy)
-            nested = position.get().stage  # in another run: that one is asked, and stops
+            nested = position.get().stage  # of another run, which takes the requests to stop
             try:
                 with nullcontext() if nested else self.__requests.listening():
                     self._log_start()

@@ -68,7 +68,7 @@ class Adapter:
     replaces: bool = False
 
 
-# ----------------------------------------------------------------------------------- other kinds
+# -------------------------------------------------------------------------------------- adapters
 
 
 def _load_optimizer(optim: Optimizer, state: Mapping[str, Any]) -> None:

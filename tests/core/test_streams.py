@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,11 +14,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from core import BaseSolver
 from core.data import loader
 from core.stop import Stopped
 from core.tests.test_data import Numbers, be_rank
 from core.utils import UserError
+
+from .test_steps import TwoEpochs, ask
 
 
 class Whole(IterableDataset[int]):
@@ -136,7 +135,7 @@ def test_the_seed_of_a_worker_is_given_by_the_epoch_alone() -> None:
 # --------------------------------------------------------------------------- stopped and resumed
 
 
-class Reader(BaseSolver):
+class Reader(TwoEpochs):
     """Reads its data for two epochs."""
 
     def __init__(self, folder: Path, data: Iterable[Any], registered: bool = False) -> None:
@@ -147,19 +146,13 @@ class Reader(BaseSolver):
         self.seen: list[tuple[int, list[int]]] = []
         self.stop_after = 0
 
-    def run(self) -> None:
-        with self.running():
-            while self.epoch <= 2:
-                self.run_stage("train", self.train)
-                self.commit()
-
     def train(self) -> dict[str, float]:
         steps = self.steps(self.data)
         for batch in steps:
             self.seen.append((self.epoch, torch.as_tensor(batch).tolist()))
             steps.log({"x": 0.0})
             if len(self.seen) == self.stop_after:
-                os.kill(os.getpid(), signal.SIGUSR1)
+                ask()
         return steps.metrics()
 
 
