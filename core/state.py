@@ -80,9 +80,10 @@ def _load_optimizer(optim: Optimizer, state: Mapping[str, Any]) -> None:
     optim.load_state_dict({**state, "state": sharded})
     for i, about in sharded.items():
         ours = optim.state[params[i]]
-        for key, saved in about.items():  # rounded to the precision of the weights
-            if isinstance(saved, torch.Tensor) and saved.dtype != ours[key].dtype:
-                ours[key] = saved.to(ours[key].device, copy=True)
+        for key, saved in about.items():  # which PyTorch rounds to the precision of the weights
+            now = ours.get(key)
+            if isinstance(now, torch.Tensor) and now.dtype != saved.dtype:
+                ours[key] = saved.to(now.device, copy=True)
 
 
 def _fit_optimizer(optim: Optimizer, state: Any, name: str) -> tuple[Any, Problems]:
