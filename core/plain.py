@@ -50,6 +50,8 @@ def to_plain(
         return to_plain(part, f"{name}.{key}", copy, exact)
 
     kind = type(value)
+    if kind is dict and VALUES.issuperset(map(type, (*value, *value.values()))):
+        return value.copy()  # at once, as a history has many
     if isinstance(value, torch.Tensor):
         # A tensor that is sharded across ranks (`fully_shard`) is gathered, on all of them.
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
