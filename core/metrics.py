@@ -57,9 +57,13 @@ class Averages(Mapping[str, float]):
                     total, scale = total * self.beta, scale * self.beta
                     self._sums[name] = total + value * weight, scale + weight
                 elif weight:  # without, the value is a mean over nothing
-                    count, _ = self._sums.get(f"{name}.nonfinite", (0.0, 1.0))
-                    self._sums[f"{name}.nonfinite"] = count + 1, 1.0
+                    self.count(f"{name}.nonfinite", 1)
         return dict(self._sums)
+
+    def count(self, name: str, more: int) -> None:
+        """Add to a metric that is a number of steps, rather than an average over steps."""
+        count, _ = self._sums.get(name, (0.0, 1.0))
+        self._sums[name] = count + more, 1.0
 
     state_dict = sums
 

@@ -378,8 +378,9 @@ class BaseSolver(Logs):
             data: usually a loader.
             updates: number of progress lines.
             every: number of steps between two points of the curves by step; 0 for none.
-            options: `finite`, names of metrics that must not be NaN or infinite;
-                `beta`, forgetting factor of the averages; `total`, if the data has no length.
+            options: `finite`, names of metrics that must not be NaN or infinite, with `skip` to
+                skip such steps; `beta`, forgetting factor of the averages; `total`, number of
+                steps, if the data has no length.
         """
         bar, log_step = partial(self.log_progress, updates=updates), self.result_logger.log_step
         if (stage := self._current_stage) is None:  # a pass that iterates and averages, no more

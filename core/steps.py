@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 import zlib
@@ -154,7 +155,8 @@ class Steps(Generic[T]):
         log_step: records a point of the curves by step.
         every: number of steps between two points; 0 for none.
         beta: forgetting factor of the averages; 1 weighs all steps alike.
-        finite: names of metrics that must not be NaN or infinite.
+        finite: names of metrics that must not be NaN or infinite: `log` refuses such a step.
+        skip: let `log` return False in such a step instead, on all ranks.
         total: number of steps, if the data has no length.
     """
 
@@ -165,6 +167,7 @@ class Steps(Generic[T]):
     every: int = 10
     beta: float = 1.0
     finite: Collection[str] = ()
+    skip: bool = False
     total: int | None = None
 
     def __post_init__(self) -> None:
@@ -204,38 +207,62 @@ class Steps(Generic[T]):
                 if stage.step >= requests.due and stage.step != self.total:
                     self._answer(stage, requests)
 
-    def log(self, metrics: Mapping[str, Any], weight: Any = 1.0) -> None:
+    def log(self, metrics: Mapping[str, Any], weight: Any = 1.0) -> bool:
         """Average and show the metrics of this step, and record a point of the curves.
 
+        With `finite`, call this before `optimizer.step()`, so that no bad step reaches the weights.
+
         Args:
-            metrics: numbers, or tensors of one element; no device is waited for.
+            metrics: numbers, or tensors of one element; a device is waited for only with `skip`.
             weight: of the step in the averages, such as the number of examples.
+
+        Returns:
+            False if the step is to be skipped: it counts as `skipped` in the averages, no more.
+
+        Raises:
+            UserError: if a metric in `finite` is NaN or infinite; of a device, a RuntimeError at
+                one of the next calls. Both name step, rank and metric.
         """
         stage = self.stage
-        averages = stage.averages(metrics, weight)
         stage.logged = stage.step + 1
+        good = not self.finite or self._is_good(metrics)
+        averages = stage.averages(metrics, weight) if good else stage.averages
+        if self.skip:
+            averages.count("skipped", not good)
         if self._bar is not None:
             self._bar.update(averages)
         counted = stage.counted + stage.logged
-        if self.every and counted % self.every == 0:
+        if good and self.every and counted % self.every == 0:
             self.log_step(stage.name, metrics, counted, stage.number)
+        return good
+
+    def _is_good(self, metrics: Mapping[str, Any]) -> bool:
+        """Return whether the metrics in `finite` are finite on all ranks; without `skip`, raise."""
+        wanted = {name: metrics[name] for name in self.finite if name in metrics}
+        if self.skip:
+            bad = torch.tensor(sum(not math.isfinite(value) for value in wanted.values()))
+            distrib.all_reduce(bad)
+            return not bad
+        for name, value in wanted.items():
+            on_device = isinstance(value, torch.Tensor) and not value.is_cpu
+            if on_device or not math.isfinite(value):
+                step, rank = self.stage.logged, distrib.rank()
+                why = f"{name} is NaN or infinite in step {step} of {self.stage.name}, rank {rank}"
+                if not on_device:
+                    raise UserError(f"{why}: lower the learning rate, or limit the gradient's norm")
+                torch._assert_async(torch.isfinite(value).all(), why)  # waits for no device
+        return True
 
     def metrics(self) -> dict[str, float]:
         """Return the averages over all steps of all ranks. All ranks must take part.
 
         Raises:
-            UserError: if a metric in `finite` was NaN or infinite in some step.
-            ValueError: if none has this name.
+            ValueError: if no metric has a name in `finite`.
         """
         found = distrib.average_metrics(self.stage.averages)
-        for name in self.finite:
-            if found and not {name, f"{name}.nonfinite"} & found.keys():
+        for name in self.finite if found else ():
+            if name not in found and not found.get("skipped"):
                 raise ValueError(f"finite={name}: no metric has this name; there are {[*found]}")
-            if f"{name}.nonfinite" in found:
-                raise UserError(
-                    f"{self.stage.name}: {name} was NaN or infinite: "
-                    "lower the learning rate, or limit the gradient's norm"
-                )
         return found
 
     def _answer(self, stage: Stage, requests: Requests) -> None:

@@ -17,7 +17,7 @@ from core.steps import Steps
 from .blocks import DOCS, blocks
 from .conftest import ROOT, Copy
 
-SITUATION = r"## .+\n\n[^*\n].+\n\n\*\*Cause\.\*\* (.+\n)+\n\*\*Cure\.\*\* (.+\n)+"
+SITUATION = r"## .+\n\n.+\n\n(.+\n)+\n(.+\n)+"
 PAGES = sorted(page.name for page in DOCS.glob("*.md") if page.name != "migrating.md")
 READMES = ["README.md", "template/README.md", "core/README.md", "CONTRIBUTING.md"]
 TEXTS = [ROOT / name for name in READMES] + sorted(DOCS.glob("*.md"))

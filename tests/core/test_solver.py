@@ -169,20 +169,27 @@ def test_a_stage_that_forgets_to_return_is_said(
     assert "return" in said
 
 
-def test_a_metric_that_is_no_number_stops_the_stage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", [float("nan"), torch.tensor(float("inf"))])
+def test_a_bad_step_never_reaches_the_weights(tmp_path: Path, bad: float | torch.Tensor) -> None:
     solver = Solver(tmp_path)
+    taken = []
 
-    def stage(*checked: str) -> dict[str, float]:
-        steps = solver.steps(range(3), finite=checked)
+    def stage(*checked: str, skip: bool = False) -> dict[str, float]:
+        steps = solver.steps(range(4), every=1, finite=checked, skip=skip)
         for step in steps:
-            steps.log({"loss": [1.0, float("nan"), float("inf")][step], "fine": 1.0})
+            if steps.log({"loss": 1.0 if step % 2 == 0 else bad, "step": step}):
+                taken.append(step)
         return steps.metrics()
 
-    solver.run_stage("valid", stage, "fine")
+    with pytest.raises(UserError, match=r"loss.* step 2 of train, rank 0"):
+        solver.run_stage("train", stage, "step", "loss")
+    assert taken == [0]
+    metrics = solver.run_stage("train", stage, "loss", skip=True)
+    assert taken == [0, 0, 2]
+    assert {**metrics, "duration": 0} == {"loss": 1, "step": 1, "skipped": 2, "duration": 0}
+    assert solver.run_stage("valid", stage, "step", skip=True)["skipped"] == 0
     with pytest.raises(ValueError, match=r"absent.*loss"):
-        solver.run_stage("train", stage, "absent")
-    with pytest.raises(UserError, match=r"train.*loss"):
-        solver.run_stage("train", stage, "fine", "loss")
+        solver.run_stage("test", stage, "absent")
 
 
 def test_weights_of_a_version_wait_for_the_write(

@@ -46,6 +46,24 @@ def ask() -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
 
 
+def _skipped(folder: Path) -> dict[str, float]:
+    solver = BaseSolver(folder)
+
+    def stage() -> dict[str, float]:
+        steps = solver.steps(range(4), finite=["loss"], skip=True)
+        for step in steps:
+            steps.log({"loss": math.nan if step == 1 + distrib.rank() else 1.0, "step": step})
+        return steps.metrics()
+
+    return solver.run_stage("train", stage)
+
+
+def test_all_ranks_skip_a_bad_step(tmp_path: Path) -> None:
+    for metrics in on_ranks(_skipped, tmp_path):
+        assert metrics["skipped"] == 2
+        assert metrics["step"] == 1.5  # of 0 and 3
+
+
 class Numbers(Dataset[int]):
     def __init__(self, size: int = 12) -> None:
         self.size = size

@@ -56,20 +56,17 @@ class Solver(BaseSolver):
         steps = self.steps(
             self.train_loader, self.cfg.log_updates, self.cfg.log_every, finite=names
         )
-        for (real,) in steps:
-            steps.log(self.run_step(real.to(self.device)), weight=len(real))
+        for (real,) in steps:  # [B, 1, 8, 8]
+            fake = self.model(torch.randn(len(real), self.cfg.model.noise, device=self.device))
+            adversary_loss = self.adversarial.train_adv(fake, real.to(self.device))
+            loss = self.adversarial(fake)
+            with distrib.eager_sync_model(self.model):  # averages gradients over processes
+                loss.backward()
+            metrics = {"loss": loss, "adversary_loss": adversary_loss}
+            steps.log(metrics, weight=len(real))  # refuses a NaN before it can be saved
+            self.optim.step()
+            self.optim.zero_grad()
         return steps.metrics()
-
-    def run_step(self, real: Tensor) -> dict[str, Tensor]:
-        """Train both models on one batch of real images, `[B, 1, 8, 8]`."""
-        fake = self.model(torch.randn(len(real), self.cfg.model.noise, device=self.device))
-        adversary_loss = self.adversarial.train_adv(fake, real)
-        loss = self.adversarial(fake)
-        with distrib.eager_sync_model(self.model):  # averages gradients over processes
-            loss.backward()
-        self.optim.step()
-        self.optim.zero_grad()
-        return {"loss": loss, "adversary_loss": adversary_loss}
 
     @torch.no_grad()
     def valid(self) -> dict[str, float]:

@@ -43,8 +43,8 @@ class Solver(BaseSolver):
             self.optim.zero_grad()
             with distrib.eager_sync_model(self.model):
                 loss.backward()
-            self.optim.step()
             steps.log({"loss": loss})
+            self.optim.step()
         return steps.metrics()
 
     @torch.no_grad()

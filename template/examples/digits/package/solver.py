@@ -70,21 +70,21 @@ class Solver(BaseSolver):
         """Train one epoch."""
         self.model.train()
         steps = self.steps(
-            self.train_loader, self.cfg.log_updates, self.cfg.log_every, finite=["loss"]
+            self.train_loader, self.cfg.log_updates, self.cfg.log_every, finite=["grad_norm"]
         )
         for images, labels in steps:
             loss, hits = self.predict(images, labels)
             with distrib.eager_sync_model(self.model):  # averages gradients over processes
                 loss.backward()
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip)
+            lr = self.optim.param_groups[0]["lr"]
+            metrics = {"loss": loss, "acc": hits.mean(), "grad_norm": norm, "lr": lr}
+            steps.log(metrics, weight=len(labels))  # refuses a NaN before the weights have it
             self.optim.step()
             self.optim.zero_grad()
             self.schedule.step()
             if self.cfg.optim.ema:
                 self.ema.update()
-            lr = self.optim.param_groups[0]["lr"]
-            metrics = {"loss": loss, "acc": hits.mean(), "grad_norm": norm, "lr": lr}
-            steps.log(metrics, weight=len(labels))
         return steps.metrics()
 
     def valid(self) -> dict[str, float]:

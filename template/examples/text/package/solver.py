@@ -69,19 +69,19 @@ class Solver(BaseSolver):
         """Train one epoch, on stretches from anywhere in the text."""
         self.model.train()
         steps = self.steps(
-            self.train_loader, self.cfg.log_updates, self.cfg.log_every, finite=["loss"]
+            self.train_loader, self.cfg.log_updates, self.cfg.log_every, finite=["grad_norm"]
         )
         for stretches in steps:
             loss = self.loss(stretches)
             with distrib.eager_sync_model(self.model):  # averages gradients over processes
                 loss.backward()
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip)
+            bpc, lr = loss.detach() / math.log(2), self.optim.param_groups[0]["lr"]
+            metrics = {"loss": loss, "bpc": bpc, "grad_norm": norm, "lr": lr}
+            steps.log(metrics, weight=len(stretches))  # refuses a NaN before the weights have it
             self.optim.step()
             self.optim.zero_grad()
             self.schedule.step()
-            bpc, lr = loss.detach() / math.log(2), self.optim.param_groups[0]["lr"]
-            metrics = {"loss": loss, "bpc": bpc, "grad_norm": norm, "lr": lr}
-            steps.log(metrics, weight=len(stretches))
         return steps.metrics()
 
     @torch.no_grad()
