@@ -14,7 +14,8 @@ from .harness import OURS, ROOT, Row, Section, Spread
 
 TARGET = 2000.0
 # Files of the core that can be deleted, and the one that knows Dora and Hydra.
-OPTIONAL = {"launch.py", "workers.py", "ema.py", "adversarial.py", "tensorboard.py", "wandb.py"}
+OPTIONAL = {"adversarial.py", "ema.py", "hints.py", "launch.py", "tensorboard.py", "wandb.py"}
+OPTIONAL |= {"workers.py"}
 PEERS = {
     "Flashy": "flashy",
     "ignite": "ignite",

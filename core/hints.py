@@ -6,8 +6,6 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 
-NEW_KEY = "a new one has its type in schema.py and its value in config.yaml"
-
 
 def explain(error: BaseException, known: Sequence[str] = ()) -> str:
     """Return a line on an error in the config, from all its causes, with the nearest key."""
@@ -41,7 +39,7 @@ def _hints(lines: Sequence[str], key: str, known: Sequence[str]) -> Iterator[str
         yield f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(known)}"
     half_new = "Missing mandatory value" if known else "not in '"  # in the schema or config only
     hints = {
-        half_new: NEW_KEY,
+        half_new: "a new one has its type in schema.py and its value in config.yaml",
         "is not a ListConfig": "a list is written [a, b]",
         "Ambiguous value": "one value makes one run; for several runs, write a grid",
     }

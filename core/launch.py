@@ -28,7 +28,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from .distrib import GRACE, rank, this_process, world_size
-from .hints import NEW_KEY, explain
+from .hints import explain
 from .run import NO_EFFECT, FolderXP, finders, locked, read_history
 from .stop import SIGNALS, Stopped
 from .utils import UserError, flatten
@@ -221,7 +221,7 @@ def _composed(main: Any, get_xp: Callable[..., Any], argv: list[str], typed: boo
             )
         key = override.strip("+").partition("=")[0]
         if typed and override.startswith("+") and key not in known:
-            raise SystemExit(f"Config error: {override}: no such key, {NEW_KEY}")
+            raise SystemExit(f"Config error: {override}: no such key in schema.py and config.yaml")
     with _hydra("", known):
         xp = get_xp(argv)
         changing = [key for key in _changing(xp.cfg) if not xp.dora.is_excluded(key)]

@@ -42,16 +42,14 @@ def to_plain(
         value: such as a state, metrics, or a config.
         name: of the value in errors.
         copy: applied to each tensor.
-        exact: mark the kinds in `CONVERSIONS`, so that `from_plain` gives them back, and refuse
-            other types; else convert similar types as well, as for people to read.
+        exact: mark the kinds in `CONVERSIONS` for `from_plain`, and refuse other types; else
+            convert similar types as well, for people to read.
     """
 
     def plain(part: Any, key: Any) -> Any:
         return to_plain(part, f"{name}.{key}", copy, exact)
 
     kind = type(value)
-    if kind is dict and VALUES.issuperset(map(type, (*value, *value.values()))):
-        return value.copy()  # at once, as a history has many
     if isinstance(value, torch.Tensor):
         # A tensor that is sharded across ranks (`fully_shard`) is gathered, on all of them.
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -62,7 +60,8 @@ def to_plain(
     if kind in SEQUENCES:
         return kind(plain(part, index) for index, part in enumerate(value))
     if kind in MAPPINGS and (not exact or all(type(key) in VALUES for key in value)):
-        new = kind({plain(key, "key"): plain(part, key) for key, part in value.items()})
+        flat = VALUES.issuperset(map(type, (*value, *value.values())))  # such as metrics
+        new = kind(value if flat else {plain(k, "key"): plain(v, k) for k, v in value.items()})
         if kind is OrderedDict:  # may have the versions of modules, or a mark
             vars(new).update(vars(value))
         return new
