@@ -51,8 +51,7 @@ def to_plain(
 
     kind = type(value)
     if isinstance(value, torch.Tensor):
-        # A tensor that is sharded across ranks (`fully_shard`) is gathered, on all of them.
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # of all ranks
         if type(value) in TENSORS or not exact:
             return copy(value.resolve_conj().resolve_neg())
     if kind in VALUES:

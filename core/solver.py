@@ -20,6 +20,7 @@ from . import checkpoint, distrib, versions
 from .checkpoint import Cursor, Policy, Writer
 from .modules import lending, lent
 from .plain import to_plain
+from .provenance import record_start
 from .results import Logs
 from .rng import get_rng_state, position, set_rng_state
 from .run import XP, FolderXP, check_config, get_xp, locked, read_history, write_history
@@ -98,6 +99,7 @@ class BaseSolver(Logs):
             try:
                 with nullcontext() if nested else self.__requests.listening():
                     self._log_start()
+                    record_start(self.xp)
                     yield
                     self.__wait()
                     self._log_end(self.__policy)

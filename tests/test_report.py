@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from template.package.tools import report
+from template.package.tools import runs as files
 
 from .conftest import ROOT, Copy
 
@@ -31,6 +32,9 @@ def add_run(runs: Path, sig: str, history: list[Any], **config: Any) -> Path:
                 row = {"stage": stage, "epoch": epoch, "metrics": metrics}
                 point = row | {"step": 10 * epoch, "metrics": {"loss": 1 / epoch}}
                 file.write(f"{json.dumps(point)}\n{json.dumps(row)}\n")
+    code = {"commit": f"{sig}0000", "changes": ""}
+    start = {"time": "2026-11-29T12:00:00+01:00", "command": "dora <run>", "code": code}
+    (folder / "run.json").write_text(json.dumps([start]))
     return folder
 
 
@@ -75,7 +79,20 @@ def test_json(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found[0]["config"]["optim"] == {"lr": LR}
     assert found[0]["metrics"]["valid.loss"] == {"min": 2.0, "max": 4.0, "last": 2.5}
     assert found[0]["metrics"].keys() >= {"train.loss", "valid.acc", "valid.duration"}
+    assert found[0]["starts"][0]["code"]["commit"] == "bbbb22220000"
     assert not (runs / "report.html").exists()
+
+
+def test_a_run_before_its_first_commit_is_shown(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = add_run(runs, "cccc3333", [], epochs=9, optim={"lr": 0.2}, seed=0)
+    (folder / "history.json").unlink()
+    row = {"stage": "train", "epoch": 1, "step": 10, "metrics": {"loss": 0.125}}
+    (folder / "metrics.jsonl").write_text(json.dumps(row))
+    *_, last, _ = said(capsys, "--dir", str(runs), "aaaa1111", "cccc3333")
+    assert last.split() == ["cccc3333", "0.2", "0/9", *"------"]
+    assert "0.125" in (runs / "report.html").read_text().rpartition("By step")[2]
 
 
 def test_values_that_are_no_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,6 +119,8 @@ def test_page_holds_every_curve_and_asks_for_nothing(
     # Five charts by epoch and two by step, of two runs each.
     assert body.count("Plotly.newPlot(") == 7
     assert body.count('"name":"aaaa1111"') == 7
+    assert "<td>aaaa11110000</td>" in body
+    assert "<td>dora &lt;run&gt;</td>" in body
     assert not re.search(r"\$\w", body[: body.index("<script")]), "a place was not filled in"
 
 
@@ -139,7 +158,7 @@ def misshape(data: bytes) -> bytes:
 def test_damage_costs_the_damaged_rows(
     damage: Any, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = [run.steps for run in report.find_runs(runs / "xps", [])]
+    whole = [run.steps for run in files.find_runs(runs / "xps", [])]
     path = runs / "xps" / "aaaa1111" / "metrics.jsonl"
     path.write_bytes(damage(path.read_bytes()))
     report.main(["--dir", str(runs)])
@@ -147,7 +166,7 @@ def test_damage_costs_the_damaged_rows(
     [line] = errors.splitlines()
     assert str(path) in line
     assert "bbbb2222" in output
-    found = [run.steps for run in report.find_runs(runs / "xps", [])]
+    found = [run.steps for run in files.find_runs(runs / "xps", [])]
     assert found[1] == whole[1]
     lost = {"train.loss": {20: 0.5}} if damage is damage_byte else {}
     assert found[0] == whole[0] | lost
@@ -190,16 +209,17 @@ def test_any_locale_will_do(env: dict[str, str], tmp_path: Path) -> None:
     assert "Z\u00fcrich" in (tmp_path / "report.html").read_text("utf-8")
 
 
-@pytest.mark.parametrize("name", ["config.json", "history.json"])
+@pytest.mark.parametrize("name", ["config.json", "history.json", "run.json"])
 @pytest.mark.parametrize("text", ["[{", "null", "3", "[1]", '[{"train": 1}]', '"\ud800"', "["])
 def test_a_damaged_file_costs_its_own_contents(
     name: str, text: str, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = runs / "xps" / "aaaa1111" / name
+    whole = name == "run.json" and text == '[{"train": 1}]'
     path.write_bytes(text.encode(errors="surrogatepass"))
     report.main(["--dir", str(runs)])
     output, errors = capsys.readouterr()
-    [line] = errors.splitlines()
+    [line] = [str(path)] if whole else errors.splitlines()
     assert str(path) in line
     assert "aaaa1111" in output
     assert "bbbb2222" in output

@@ -4,164 +4,40 @@
     python -m my_research.tools.report SIG SIG      # some
     python -m my_research.tools.report --json       # all, as JSON for scripts
 
-A run is its files: `config.json`, `history.json` and `metrics.jsonl`. Of each metric the table has
-the lowest and the highest value of all epochs, and that of the last.
+A run is its files: `config.json`, `history.json`, `metrics.jsonl` and `run.json`. Of each metric
+the table has the lowest and the highest value of all epochs, and that of the last.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import datetime
-from fnmatch import fnmatchcase
-from functools import cached_property
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from . import escape_output, flatten, write_text
+from .runs import STATISTICS, Run, find_runs
 
 # Okabe and Ito's colours, without those that vanish on white or on black; then the kinds of line.
 COLOURS = ["#0a83c9", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#8c8c8c"]
 DASHES = ["solid", "9px,4px", "3px,3px", "9px,3px,3px,3px", "15px,3px", "15px,3px,3px,3px"]
 SHOWN_KEYS = 6  # columns of config in the terminal
-STATISTICS = ("min", "max", "last")
 ABSENT = "-"
-
-Curve = dict[float, float]  # by epoch or by step
-
-
-@dataclass
-class Run:
-    """The files of a run."""
-
-    folder: Path
-    config: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, dict[str, Any]]] = field(default_factory=list)
-    steps: dict[str, Curve] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Path) -> Run:
-        """Read a run's folder; what is damaged there is left out, with a warning."""
-        run = cls(folder, read_json(folder / "config.json", {}))
-        history = read_json(folder / "history.json", [])
-        stages = [s for e in history for s in (e.values() if isinstance(e, dict) else [None])]
-        if all(isinstance(metrics, dict) for metrics in stages):
-            run.history = history
-        else:
-            warn(folder / "history.json", "is no list of epochs with stages")
-        for row in read_rows(folder / "metrics.jsonl"):
-            for name, value in row["metrics"].items():
-                if is_number(value):
-                    run.steps.setdefault(f"{row['stage']}.{name}", {})[row["step"]] = value
-        return run
-
-    @property
-    def sig(self) -> str:
-        return self.folder.name
-
-    @cached_property
-    def keys(self) -> dict[str, Any]:
-        """The config by dotted keys, without those that make no other run."""
-        flat = flatten(self.config)
-        excluded = flat.get("dora.exclude")
-        hidden = ["dora.*", "slurm.*", *(excluded if isinstance(excluded, list) else [])]
-        return {k: v for k, v in flat.items() if not any(fnmatchcase(k, str(h)) for h in hidden)}
-
-    @property
-    def progress(self) -> str:
-        """Epochs that are committed, of the total if that is known."""
-        total = self.config.get("epochs")
-        return f"{len(self.history)}/{total}" if total else str(len(self.history))
-
-    @cached_property
-    def epochs(self) -> dict[str, Curve]:
-        """Each metric's curve over the epochs, as `stage.metric`."""
-        curves: dict[str, Curve] = {}
-        for epoch, stages in enumerate(self.history, 1):
-            for stage, metrics in stages.items():
-                for name, value in metrics.items():
-                    if is_number(value):
-                        curves.setdefault(f"{stage}.{name}", {})[epoch] = value
-        return curves
-
-    def statistics(self, metric: str) -> dict[str, float | None]:
-        """Return a metric's lowest, highest and last value; None for what there is not."""
-        values = [v for v in self.epochs.get(metric, {}).values() if math.isfinite(v)]
-        stage, _, name = metric.partition(".")
-        with_stage = [epoch[stage].get(name) for epoch in self.history if stage in epoch]
-        last = next((v for v in with_stage[-1:] if v in values), None)
-        found = min(values, default=None), max(values, default=None), last
-        return dict(zip(STATISTICS, found, strict=True))
-
-
-def is_number(value: object) -> bool:
-    """Say whether a value can be a point of a curve."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1023)
-
-
-def warn(path: Path, problem: str) -> None:
-    print(f"report: {path} {problem}: left out", file=sys.stderr)
-
-
-def read(path: Path) -> bytes | None:
-    """Return the content of a file; None if there is none or, with a warning, if it fails."""
-    try:
-        return path.read_bytes() if path.exists() else None
-    except OSError as error:
-        warn(path, f"can't be read ({error})")
-        return None
-
-
-def read_json(path: Path, empty: Any) -> Any:
-    """Return the value in a JSON file; `empty` if there is none or, with a warning, if damaged."""
-    try:
-        found = empty if (data := read(path)) is None else json.loads(data)
-        if not isinstance(found, type(empty)):
-            raise ValueError(f"it holds a {type(found).__name__}")
-        return found
-    except (ValueError, RecursionError) as error:
-        warn(path, f"can't be read ({error})")
-        return empty
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows by step; a warning counts the lines that are damaged, or being written."""
-    damaged = []
-    for number, line in enumerate((read(path) or b"").split(b"\n"), 1):
-        try:
-            row = json.loads(line.decode()) if line.strip() else {"stage": "", "metrics": {}}
-            shape = isinstance(row["stage"], str) and isinstance(row["metrics"], dict)
-            if not shape or not is_number(row.get("step", 0)):
-                raise ValueError
-        except (ValueError, LookupError, TypeError, RecursionError):
-            damaged.append(number)
-        else:
-            if "step" in row:
-                yield row
-    if damaged:
-        warn(path, f"has {len(damaged)} damaged rows, the first in line {damaged[0]}")
-
-
-def find_runs(folder: Path, sigs: Sequence[str]) -> list[Run]:
-    """Return the runs in a folder by signature, or all by age; exit if one is not there."""
-    found = {path.name: path for path in folder.glob("*") if (path / "history.json").exists()}
-    if missing := [sig for sig in sigs if sig not in found]:
-        near = difflib.get_close_matches(missing[0], found, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        sys.exit(f"report: no run {missing[0]} with a committed epoch in {folder}{hint}")
-    if not found:
-        sys.exit(f"report: no run with a committed epoch in {folder}: train one with `dora run`")
-    by_age = sorted(found.values(), key=lambda path: (path / "history.json").stat().st_mtime)
-    return [Run.read(path) for path in [found[sig] for sig in dict.fromkeys(sigs)] or by_age]
-
+STARTS = {  # columns of the page's table of starts, and their keys in `run.json`
+    "time": "time",
+    "commit": "code.commit",
+    "changes": "code.changes",
+    "torch": "versions.torch",
+    "ranks": "ranks",
+    "command": "command",
+}
 
 # ----------------------------------------------------------------------------------------- table
 
@@ -281,6 +157,18 @@ def table_row(index: int, run: Run, cells: Sequence[str]) -> str:
     return f'<tr data-run="{index}"><td>{box}</td>{others}</tr>'
 
 
+def starts(runs: Sequence[Run]) -> str:
+    """Return the table of all recorded starts as a piece of HTML."""
+    head = "".join(f"<th>{name}</th>" for name in ("run", *STARTS))
+    rows = []
+    for run, start in ((run, flatten(start)) for run in runs for start in run.starts):
+        texts = [run.sig, *(cell(start.get(key) or ABSENT) for key in STARTS.values())]
+        rows.append("".join(f"<td>{escape(text)}</td>" for text in texts))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<h2>Starts</h2><div class="table">{table}</div>' if rows else ""
+
+
 def page(runs: Sequence[Run], title: str) -> str:
     """Return the whole page, with all that it needs inside."""
     from plotly.offline import get_plotlyjs
@@ -297,7 +185,7 @@ def page(runs: Sequence[Run], title: str) -> str:
         about=f"{len(runs)} run{'s' * (len(runs) > 1)}, {datetime.now():%Y-%m-%d %H:%M}",
         head=table_head(keys, metrics),
         body="\n".join(rows),
-        sections="\n".join(sections),
+        sections="\n".join([*sections, starts(runs)]),
         plotly=get_plotlyjs(),
     )
 
@@ -312,6 +200,7 @@ def summary(run: Run) -> dict[str, Any]:
         "folder": str(run.folder.resolve()),
         "epochs": len(run.history),
         "config": run.config,
+        "starts": run.starts,
         "metrics": {metric: run.statistics(metric) for metric in run.epochs},
     }
 
