@@ -25,6 +25,7 @@ import torch
 
 from . import distrib
 from .plain import to_plain
+from .replicas import put_back
 from .state import StateDict
 from .utils import UserError, flatten, write_and_rename
 
@@ -94,7 +95,7 @@ class Cursor:
         seconds: since the stage began.
         counts: steps since the run began, by stage.
         ranks: of each rank, the loop's averages, and the generators where the stage began (`start`)
-            and where its loop began (`loop`).
+            and where its loop began (`loop`), and the `buffers` that are not those of rank zero.
         logged: metrics of the epoch so far, by stage, as `log_metrics` has them.
     """
 
@@ -331,7 +332,7 @@ def read(path: Path) -> StateDict:
 
 
 def pop_cursor(state: StateDict) -> Cursor:
-    """Take the position out of a checkpoint, with the generators of all ranks.
+    """Take the position out of a checkpoint, with generators and buffers of all ranks.
 
     A file whose position is absent, or does not fit the history, was written by the user's own
     code: a commit of unknown generators, without `ranks`.
@@ -341,10 +342,12 @@ def pop_cursor(state: StateDict) -> Cursor:
         return Cursor()
     cursor = Cursor(**about["cursor"])
     if (saved := len(cursor.ranks)) != distrib.world_size():
-        note = "Saved by %d processes: each example comes once, random numbers differ from here"
+        note = "Saved by %d processes: each example comes once; random numbers differ from here, "
+        note += "and buffers that differed are those of rank 0"
         logger.warning(note, saved)
     for theirs, now in zip(cursor.ranks, rng["ranks"], strict=True):
         theirs["now"] = now
+    put_back(state, cursor.ranks)
     return cursor
 
 

@@ -16,6 +16,7 @@ from .checkpoint import Policy
 from .log import LogProgressBar, bold, format_items
 from .metrics import Averages, Formatter, Metrics, fetch, number
 from .plain import to_plain
+from .provenance import record_start
 from .run import XP, get_xp, record_config, resume_command
 from .trackers import LocalFiles, Tracker, check_audio, check_image, check_names
 from .utils import UserError
@@ -279,7 +280,8 @@ class Logs:
                 self.result_logger._log_summary(stage, metrics, epoch, formatter=formatter)
 
     def _log_start(self) -> None:
-        """Log the config, and how to resume."""
+        """Log and record the start, the config, and how to resume."""
+        record_start(self.xp)
         if distrib.is_rank_zero():
             record_config(self.xp)
         self.log_hyperparams(self.xp.cfg)

@@ -20,7 +20,7 @@ from . import checkpoint, distrib, versions
 from .checkpoint import Cursor, Policy, Writer
 from .modules import lending, lent
 from .plain import to_plain
-from .provenance import record_start
+from .replicas import own_buffers
 from .results import Logs
 from .rng import get_rng_state, position, set_rng_state
 from .run import XP, FolderXP, check_config, get_xp, locked, read_history, write_history
@@ -99,7 +99,6 @@ class BaseSolver(Logs):
             try:
                 with nullcontext() if nested else self.__requests.listening():
                     self._log_start()
-                    record_start(self.xp)
                     yield
                     self.__wait()
                     self._log_end(self.__policy)
@@ -158,6 +157,7 @@ class BaseSolver(Logs):
             raise RuntimeError("weights are lent: leave `swapped()` or `weights()` before a save")
         self.__requests.renew()  # before the state is gathered, which may take long
         mine = {"rng": get_rng_state()} | (stage.rank_state() if stage else {})
+        mine["buffers"] = own_buffers(self.stateful.values(nn.Module))
         ranks = distrib.gather_objects(to_plain(mine))
         state = self.state_dict() | {"rng": {"ranks": [theirs.pop("rng") for theirs in ranks]}}
         cursor, history = Cursor(counts=self.__epoch.counts, ranks=ranks), [*self.history]

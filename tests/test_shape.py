@@ -14,7 +14,7 @@ from .conftest import ROOT, Copy
 
 CORE = ROOT / "core"
 LIMIT = 2705  # code lines without `launch.py` and the optional files
-OPTIONAL = ["workers", "ema", "adversarial", "hints", "provenance"]
+OPTIONAL = ["workers", "ema", "adversarial", "hints", "provenance", "replicas"]
 OPTIONAL += ["trackers/tensorboard", "trackers/wandb"]
 READING_PATH = ["solver", "steps", "checkpoint", "state", "data", "metrics", "log", "run"]
 # From the ground up: a file imports from those before, a folder is entered by its `__init__`.
@@ -26,6 +26,7 @@ FLOORS = [
     "rng",
     "stop",
     "modules",
+    "replicas",
     "state",
     "run",
     "provenance",
@@ -111,11 +112,10 @@ def test_an_optional_file_can_be_deleted(name: str, copy: Copy, tmp_path: Path) 
         launch = package / "core" / "launch.py"
         text = launch.read_text().replace("from .hints import explain\n", "")
         launch.write_text(text.replace("{explain(error, known)}", "{error}"))
-    if name == "provenance":
-        solver = package / "core" / "solver.py"
-        solver.write_text(
-            re.sub(r".*(import record_start|record_start\().*\n", "", solver.read_text())
-        )
+    uses = {"provenance": "record_start", "replicas": "own_buffers|put_back"}
+    for file in (package / "core").glob("*.py") if name in uses else ():
+        text = file.read_text()
+        file.write_text(re.sub(rf".*(import ({uses[name]})|({uses[name]})\().*\n", "", text))
     if name == "adversarial":
         init = package / "core" / "__init__.py"
         init.write_text(re.sub(r"adversarial, |    \"adversarial\",\n", "", init.read_text()))

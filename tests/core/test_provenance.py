@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def start(folder: Path) -> dict[str, Any]:
 
 def test_each_start_is_recorded(tmp_path: Path, repo: Path) -> None:
     record = start(tmp_path / "run")
-    assert "pytest" in record["command"]
+    assert record["command"] == shlex.join(sys.orig_argv)
     assert record["versions"]["torch"] == torch.__version__
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert "json" not in record["versions"]  # of Python itself

@@ -64,6 +64,7 @@ class Solver(BaseSolver):
         self.data = TensorDataset(torch.arange(24), LABELS)
         self.train_loader = loader(self.data, 4, shuffle=True, sampler=self.sampler)
         self.model: Any = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.2), nn.Linear(4, 2)).double()
+        distrib.broadcast_model(self.model)
         self.register_stateful("model")
         self.build_optimizers()
 
@@ -82,7 +83,8 @@ class Solver(BaseSolver):
         steps = self.steps(self.train_loader)
         for numbers, labels in steps:
             loss = self.loss(numbers, labels)
-            loss.backward()
+            with distrib.eager_sync_model(self.model):
+                loss.backward()
             self.update()
             steps.log({"loss": loss}, len(labels))
             self.see((self.epoch, steps.step), numbers.tolist())

@@ -890,6 +890,7 @@ class Elastic(TwoEpochs):
         self.stop_at, self.beta = stop_at, beta
         self.data = loader(Numbers(62), split_batch(4), shuffle=True, seed=1)
         self.weight = nn.Linear(1, 1)
+        distrib.broadcast_model(self.weight)
         self.register_stateful("weight")
         self.seen: list[int] = []
 

@@ -1,0 +1,129 @@
+"""Ranks that should be replicas of one another: real gloo processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from core import BaseSolver, checkpoint, distrib
+from core.data import loader
+from core.replicas import _checksums
+from core.rng import seed_everything
+from core.stop import Stopped
+from core.tests.processes import on_ranks
+
+
+class Solver(BaseSolver):
+    """Trains a model whose statistics are those of this rank's data."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        seed_everything(0)
+        self.data = loader(torch.randn(24, 4), batch_size=2, shuffle=True)
+        self.model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        distrib.broadcast_model(self.model)
+        self.optim = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.register_stateful("model", "optim")
+
+    def train(self) -> dict[str, float]:
+        steps = self.steps(self.data)
+        for batch in steps:
+            loss = self.model(batch).square().mean()
+            self.optim.zero_grad()
+            loss.backward()
+            distrib.sync_gradients(self.model.parameters())
+            self.optim.step()
+            steps.log({"loss": loss})
+        return steps.metrics()
+
+
+def _train(folder: Path, stop: int, epochs: int = 3) -> Any:
+    """Train, be asked to stop in step `stop`; return the weights of this rank."""
+    solver = Solver(folder)
+    count = 0
+
+    def step(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == stop and distrib.is_rank_zero():
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    solver.optim.register_step_pre_hook(step)
+    try:
+        with solver.running():
+            for _ in range(solver.epoch, epochs + 1):
+                solver.run_stage("train", solver.train)
+                solver.commit()
+    except Stopped:
+        return None
+    return [value.tolist() for value in solver.model.state_dict().values()]
+
+
+def test_buffers_that_differ_are_kept_per_rank(tmp_path: Path) -> None:
+    whole = on_ranks(_train, tmp_path / "whole", 0)
+    assert whole[0] != whole[1]
+    assert whole[0][:2] == whole[1][:2]  # the weights do not
+    assert on_ranks(_train, tmp_path / "stopped", 2) == [None, None]
+    state = checkpoint.read(tmp_path / "stopped" / "checkpoint.th")
+    names = [[*rank["buffers"]["model"]] for rank in state["checkpoint"]["cursor"]["ranks"]]
+    assert names == [["1.running_mean", "1.running_var"]] * 2
+    assert on_ranks(_train, tmp_path / "stopped", 0) == whole
+    # And at a commit.
+    on_ranks(_train, tmp_path / "ended", 0, 2)
+    assert on_ranks(_train, tmp_path / "ended", 0) == whole
+
+
+def test_another_number_of_ranks_takes_the_buffers_of_rank_zero(tmp_path: Path) -> None:
+    on_ranks(_train, tmp_path, 0, 1)
+    saved = checkpoint.read(tmp_path / "checkpoint.th")["model"]
+    [alone] = on_ranks(_train, tmp_path, 0, 1, ranks=1)
+    assert alone == [value.tolist() for value in saved.values()]
+
+
+def _flip(folder: Path, name: str) -> str:
+    solver = Solver(folder)
+    with solver.running():
+        solver.run_stage("train", solver.train)
+        solver.commit()
+        if distrib.rank() == 1:
+            tensor = solver.model.state_dict()[name]
+            tensor.view(torch.int32).view(-1)[0] ^= 1
+        solver.commit()
+    return "not noticed"
+
+
+@pytest.mark.parametrize("name", ["0.weight", "2.bias"])
+def test_a_flipped_bit_is_named_at_the_next_save(tmp_path: Path, name: str) -> None:
+    for said in on_ranks(_flip, tmp_path, name):
+        assert f"model.{name} of rank 1" in said
+    state = checkpoint.read(tmp_path / "checkpoint.th")
+    assert len(state["history"]) == 1
+
+
+KINDS = [torch.bool, torch.int8, torch.int16, torch.uint16, torch.int64, torch.bfloat16]
+KINDS += [torch.float16, torch.float64, torch.complex64, torch.complex128, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_every_bit_counts(dtype: torch.dtype) -> None:
+    whole = torch.zeros(7 * dtype.itemsize, dtype=torch.uint8)
+    tensors = [whole.view(dtype)]
+    seen = set()
+    for byte in range(len(whole)):
+        whole[byte] = 1
+        seen.add(_checksums(tensors)[0])
+        whole[byte] = 0
+    assert 0 not in seen
+
+
+def test_tensors_of_any_shape_have_a_checksum() -> None:
+    matrix = torch.arange(6.0).reshape(2, 3)
+    tensors = [matrix.T, matrix[1], matrix[:, 1:], torch.tensor(1.0), torch.empty(0)]
+    assert _checksums(tensors) == _checksums([tensor.clone() for tensor in tensors])
+    assert _checksums([]) == []
