@@ -5,8 +5,8 @@ run counts as recovered if its last checkpoint is bitwise that of a run that not
 """
 
 import ctypes
-import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -18,8 +18,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,55 @@ def load_digits():  # type: ignore
     return Jittered(train), valid
 '''
 
-EPOCHS = 6
+# Random numbers that are drawn before the loop, by its iterator and in a step; accumulation; and a
+# line of time for each step, to count those that were done again.
+NOISE = """
+
+import os, random, time  # type: ignore
+
+import numpy  # type: ignore
+
+plain_loader, plain_train, plain_predict = loader, Solver.train, Solver.predict
+
+
+class Scaled(DataLoader):  # type: ignore
+    def __iter__(self):  # type: ignore
+        scale = 1 + 0.1 * random.random() * numpy.random.rand() * torch.rand(1).item()
+        return ((images * scale, labels) for images, labels in super().__iter__())
+
+
+def loader(*args, **kwargs):  # type: ignore
+    return plain_loader(*args, klass=Scaled, **kwargs)
+
+
+def train(self):  # type: ignore
+    self.brightness = random.random() * numpy.random.rand() * torch.rand(1)
+    return plain_train(self)
+
+
+def predict(self, images, labels):  # type: ignore
+    if self.model.training:
+        noise = random.random() * numpy.random.rand() * torch.rand(1)
+        images = images + self.brightness + noise
+        loss, _ = plain_predict(self, images[::2], labels[::2])
+        loss.backward()
+        if distrib.is_rank_zero():
+            with open(os.path.join(os.environ["MY_RESEARCH_DIR"], "steps"), "a") as file:
+                file.write(f"{time.monotonic()}\\n")
+    return plain_predict(self, images, labels)
+
+
+Solver.train, Solver.predict = train, predict
+"""
+
+EPOCHS, STEPS = 6, 6  # steps of an epoch
 STARTED = re.compile(" (?:starts|resumes) in epoch ")  # a line of each start of a run
 CONFIG = [
     f"epochs={EPOCHS}",
     "device=cpu",
     "trackers=[]",
+    "log_every=1",
+    "checkpoint.minutes=0.001",
     "data.batch_size=240",
     "data.num_workers=1",
     "model.channels=48",
@@ -78,8 +122,9 @@ class Run:
 
     project: Path
     outputs: Path
-    gate: Gate  # in the epoch that the environment variable HOLD tells
+    gate: Gate  # in the epoch and stage that the environment variable HOLD tells
     ranks: int = 1
+    has_rows: bool = True  # whether no row of `metrics.jsonl` was taken away
 
     @property
     def folder(self) -> Path:
@@ -100,9 +145,9 @@ class Run:
     def env(self) -> dict[str, str]:
         return os.environ | {"MY_RESEARCH_DIR": str(self.outputs)}
 
-    def start(self, prepare: Callable[[], Any] | None = None, hold: int = 0) -> Command:
-        """Train; wait in epoch `hold` for ever."""
-        env = self.env | {"HOLD": str(hold)}
+    def start(self, prepare: Callable[[], Any] | None = None, hold: str = "") -> Command:
+        """Train; wait for ever in the epoch and stage of `hold`, such as `4train`."""
+        env = self.env | {"HOLD": hold}
         return Command(self.project, *self.command, env=env, prepare=prepare)
 
     def finish(self, prepare: Callable[[], Any] | None = None) -> tuple[int, str]:
@@ -113,17 +158,35 @@ class Run:
         """Wait until training has begun for the so-many-th time; False if the process ended."""
         while process.poll() is None:
             logs = list(self.outputs.glob("xps/*/solver.log.0"))
-            if logs and len(STARTED.findall(logs[0].read_text())) >= times:
+            if logs and len(STARTED.findall(logs[0].read_text(errors="replace"))) >= times:
                 return True
             time.sleep(0.002)
         return False
 
     def interrupt(self, epochs: int = 3) -> None:
         """Train, and kill in the epoch after so many are committed."""
-        process = self.start(hold=epochs + 1)
+        process = self.start(hold=f"{epochs + 1}train")
         process.until(lambda: self.gate.holds(process.pid) and self.committed() == epochs)
         process.send(signal.SIGKILL)
         process.wait()
+
+    def stop(self, hold: str) -> None:
+        """Train, and ask for a stop in an epoch and stage."""
+        process = self.start(hold=hold)
+        process.until(lambda: self.gate.holds(process.pid))
+        process.send(signal.SIGUSR1)
+        process.wait()
+
+    def steps(self) -> list[float]:
+        """Return the times of all steps, those that were done again as well."""
+        path = self.outputs / "steps"
+        return [*map(float, path.read_text().split())] if path.exists() else []
+
+    def rows(self) -> list[Any]:
+        """Return the rows of `metrics.jsonl`, but for durations."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [row | {"metrics": {**row["metrics"], "duration": 0}} for row in rows]
 
     def committed(self) -> int:
         """Number of epochs in the published history."""
@@ -163,14 +226,20 @@ def same(one: Any, other: Any) -> bool:
 Mend = Callable[[], None]
 
 
-def kills_at_random(run: Run, rng: random.Random, signal_: signal.Signals = signal.SIGKILL) -> None:
+def kills_at_random(
+    run: Run, rng: random.Random, signal_: signal.Signals = signal.SIGKILL, seconds: float = 1.2
+) -> None:
     for times in range(1, rng.randint(2, 4)):
         process = run.start()
         if run.started(process, times):
-            time.sleep(rng.uniform(0, 1.2))
+            time.sleep(rng.uniform(0, seconds))
         process.send(signal_)
         process.wait()
         run.check_history()
+
+
+def killed_within_an_epoch(run: Run, rng: random.Random) -> None:
+    kills_at_random(run, rng, seconds=0.3)
 
 
 def terminated_at_random(run: Run, rng: random.Random) -> None:
@@ -216,8 +285,12 @@ def children_of(process: Command) -> list[str]:
     return []
 
 
-def one_of_two_ranks_killed(run: Run, rng: random.Random) -> None:
-    run.ranks = 2
+def one_of_three_ranks_killed(run: Run, rng: random.Random) -> None:
+    one_of_two_ranks_killed(run, rng, ranks=3)
+
+
+def one_of_two_ranks_killed(run: Run, rng: random.Random, ranks: int = 2) -> None:
+    run.ranks = ranks
     process = run.start()
     if run.started(process, 1):
         time.sleep(rng.uniform(0, 1.5))
@@ -253,6 +326,54 @@ def truncated(run: Run, rng: random.Random) -> None:
     run.interrupt()
     with run.checkpoint.open("r+b") as file:
         file.truncate(rng.randrange(run.checkpoint.stat().st_size))
+
+
+def any_file_damaged(run: Run, rng: random.Random) -> None:
+    run.interrupt(rng.randint(1, 4))
+    path = rng.choice(sorted(path for path in run.folder.glob("*.*") if path.is_file()))
+    run.has_rows = path.name != "metrics.jsonl"
+    path.write_bytes(damage(path.read_bytes(), rng))
+
+
+def damage(data: bytes, rng: random.Random) -> bytes:
+    """Return the content of a file after a failure of a disk."""
+    first, last = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+    flipped = bytes([data[first - 1] ^ 1 << rng.randrange(8)]) if first else b""
+    return rng.choice(
+        [
+            data[:first],
+            data[: max(0, first - 1)] + flipped + data[first:],
+            data[:first] + bytes(last - first) + data[last:],
+            data[:first] + rng.randbytes(last - first) + data[last:],
+            data + rng.randbytes(last),
+        ]
+    )
+
+
+def older_in_place_of_the_newest(run: Run, rng: random.Random) -> None:
+    run.interrupt(rng.randint(2, 4))
+    [older, *_] = sorted(run.folder.glob("checkpoint.*.th"))
+    shutil.copy(older, run.checkpoint)
+
+
+def of_another_run(run: Run, rng: random.Random) -> Mend:
+    run.interrupt()
+    mine = run.checkpoint.read_bytes()
+    other = load(run.checkpoint)
+    other["xp.cfg"]["optim"]["lr"] *= 2
+    torch.save(other, run.checkpoint)
+
+    def mend() -> None:
+        run.checkpoint.write_bytes(mine)
+
+    return mend
+
+
+def clock_jumped(run: Run, rng: random.Random) -> None:
+    run.interrupt(rng.randint(1, 4))
+    for path in run.folder.rglob("*"):
+        years = rng.uniform(-30, 30)
+        os.utime(path, (time.time() + years * 3e7,) * 2)
 
 
 def all_damaged(run: Run, rng: random.Random) -> Mend:
@@ -325,8 +446,10 @@ EXACT, WARNED, REFUSED, LOST = OUTCOMES
 # What may become of a run. Some bits of a file are padding, and flipping them harms nobody.
 FAULTS: dict[Fault, set[str]] = {
     kills_at_random: {EXACT},
+    killed_within_an_epoch: {EXACT},
     killed_inside_the_write: {EXACT},
     one_of_two_ranks_killed: {EXACT},
+    one_of_three_ranks_killed: {EXACT},
     launcher_of_two_ranks_killed: {EXACT},
     terminated_at_random: {EXACT},
     asked_to_stop_at_random: {EXACT},
@@ -334,6 +457,10 @@ FAULTS: dict[Fault, set[str]] = {
     interrupted_at_random: {EXACT},
     bit_flipped: {WARNED, EXACT},
     truncated: {WARNED},
+    any_file_damaged: {WARNED, EXACT},
+    older_in_place_of_the_newest: {WARNED, EXACT},
+    of_another_run: {REFUSED},
+    clock_jumped: {EXACT},
     all_damaged: {REFUSED},
     disk_full: {EXACT},
     folder_read_only: {REFUSED},
@@ -358,72 +485,107 @@ def drop_privilege() -> None:
 
 
 @dataclass
+class Result:
+    """What became of a run.
+
+    Args:
+        fault: name of what befell the run.
+        outcome: one of `OUTCOMES`.
+        repeated: steps that were done again.
+        seconds: from the last start to the first new step, without the imports of Python.
+        said: a report, if something was lost.
+    """
+
+    fault: str
+    outcome: str
+    repeated: int
+    seconds: float
+    said: str = ""
+
+
+@dataclass
 class Campaign:
-    """Faults on runs of one project, with what became of them."""
+    """Faults on runs of one project, each with a seed of its own."""
 
     project: Path
     work: Path
     seed: int = 0
-    references: dict[int, dict[str, Any]] = field(default_factory=dict)
-    table: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        """Give the project random numbers in the workers of its loader, and a gate."""
-        with (self.project / "my_research" / "data.py").open("a") as file:
-            file.write(AUGMENTATION)
-        self.gate = Gate(self.project, 'str(self.epoch) == os.environ.get("HOLD")')
+        """Give the project random numbers everywhere, and a gate in the third step."""
+        for name, code in (("data", AUGMENTATION), ("solver", NOISE)):
+            with (self.project / "my_research" / f"{name}.py").open("a") as file:
+                file.write(code)
+        when = 'f"{self.epoch}{self.current_stage}" == os.environ.get("HOLD")'
+        self.gate = Gate(self.project, when, calls='6 if "train" in self.current_stage else 2')
 
-    def reference(self, ranks: int) -> dict[str, Any]:
-        """The last checkpoint of a run that nothing befalls."""
-        if ranks not in self.references:
-            run = Run(self.project, self.work / f"reference-{ranks}", self.gate, ranks)
+    def reference(self, ranks: int) -> Run:
+        """Return a run that nothing befalls."""
+        run = Run(self.project, self.work / f"reference-{ranks}", self.gate, ranks)
+        if not run.outputs.exists():
             # Started afresh: a fork would have, with the others, the same seed of hashes.
             subprocess.run([sys.executable, *run.command], cwd=run.project, env=run.env, check=True)
-            self.references[ranks] = load(run.checkpoint)
-        return self.references[ranks]
+        return run
 
-    def attempt(self, fault: Fault) -> str:
+    def is_exact(self, run: Run) -> bool:
+        """Return whether a run ended as one that nothing befell."""
+        whole = self.reference(run.ranks)
+        ended = run.committed() == EPOCHS and same(load(run.checkpoint), load(whole.checkpoint))
+        return ended and (not run.has_rows or run.rows() == whole.rows())
+
+    def attempt(self, fault: Fault, number: int = 0) -> Result:
         """Break a run, start it again, and return what became of it."""
         name = fault.__name__
-        number = sum(count for (tried, _), count in self.table.items() if tried == name)
         run = Run(self.project, self.work / f"{name}-{number}", self.gate)
         mend = fault(run, random.Random(f"{self.seed} {name} {number}"))
+        done, begin = len(run.steps()), time.monotonic()
         code, said = run.finish(drop_privilege)
         outcome = WARNED if "[WARNING]" in said else EXACT
         if code != 0:
-            clear = re.search(r"Error: |\[CRITICAL\]", said) and str(run.folder) in said
+            clear = re.search(r"Error: |\[CRITICAL\]", said) and run.folder.name in said
             outcome = REFUSED if clear and mend else LOST
         if mend:
             mend()
             if code != 0:
+                begin = time.monotonic()
                 code, said = run.finish()
-        whole = code == 0 and run.committed() == EPOCHS
-        whole = whole and same(load(run.checkpoint), self.reference(run.ranks))
         left = list(run.folder.rglob("*.tmp*")) + list(run.outputs.glob("evil"))
-        if not whole or left:
-            outcome = LOST
-            print(f"{name} {number}: code {code}, left {left}, see {run.folder}\n{said}")
+        steps = run.steps()
+        result = Result(name, outcome, len(steps) - EPOCHS * STEPS, 0.0)
+        result.seconds = steps[done] - begin if len(steps) > done else 0.0
+        if code != 0 or left or not self.is_exact(run):
+            result.outcome = LOST
+            result.said = f"{name} {number}: code {code}, left {left}, see {run.folder}\n{said}"
         else:
             shutil.rmtree(run.outputs)
-        self.table[name, outcome] += 1
-        return outcome
-
-    def report(self) -> str:
-        """The table: faults by outcome."""
-        lines = [f"{'fault':30}{'tried':>7}" + "".join(f"{o:>26}" for o in OUTCOMES)]
-        for name in dict.fromkeys(name for name, _ in self.table):
-            counts = [self.table[name, outcome] for outcome in OUTCOMES]
-            lines.append(f"{name:30}{sum(counts):7}" + "".join(f"{c:26}" for c in counts))
-        return "\n".join(lines)
+        return result
 
 
-def main(project: str, trials: str = "200") -> None:
-    """Go through the faults again and again, until so many were tried."""
-    campaign = Campaign(Path(project), Path(project).parent / "runs")
-    for number, fault in zip(range(int(trials)), itertools.cycle(FAULTS)):
-        print(f"{number + 1} of {trials}: {fault.__name__}: {campaign.attempt(fault)}", flush=True)
-    print(campaign.report())
-    sys.exit(any(outcome == LOST for _, outcome in campaign.table))
+def table(results: list[Result]) -> str:
+    """Return the faults by outcome, as a table of Markdown."""
+    counts = Counter((result.fault, result.outcome) for result in results)
+    lines = [f"| fault | tried | {' | '.join(OUTCOMES)} |", "|---|" + "---:|" * 5]
+    for name in dict.fromkeys(result.fault for result in results):
+        found = [counts[name, outcome] for outcome in OUTCOMES]
+        numbers = " | ".join(str(n or "") for n in (sum(found), *found))
+        lines.append(f"| {name.replace('_', ' ')} | {numbers} |")
+    return "\n".join(lines)
+
+
+def main(project: str, trials: str = "200", seed: str = "0") -> None:
+    """Go through the faults again and again, until so many were tried; two at a time."""
+    campaign = Campaign(Path(project), Path(project).parent / "runs", int(seed))
+    for ranks in (1, 2, 3):
+        campaign.reference(ranks)
+    tried = [(fault, n) for n in range(int(trials)) for fault in FAULTS][: int(trials)]
+    results = []
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for result in pool.map(campaign.attempt, *zip(*tried, strict=True)):
+            results.append(result)
+            note = f"{len(results)} of {trials}: {result.fault}: {result.outcome}"
+            print(note, result.repeated, f"{result.seconds:.2f}", result.said, flush=True)
+    print(table(results))
+    sys.exit(any(result.outcome == LOST for result in results))
 
 
 if __name__ == "__main__":

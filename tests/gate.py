@@ -7,7 +7,7 @@ from pathlib import Path
 CODE = """
 
 def _add_gate(init):  # type: ignore
-    import math, os, time
+    import os, time
     from pathlib import Path
 
     folder = Path({folder!r})
@@ -21,7 +21,7 @@ def _add_gate(init):  # type: ignore
 
     def is_asked(self):  # type: ignore
         stage = self._current_stage
-        return stage is not None and stage.requests is not None and stage.requests.due < math.inf
+        return stage is not None and bool(stage.requests.signal)
 
     def init_and_wait(self, *args, **kwargs):  # type: ignore
         init(self, *args, **kwargs)
@@ -30,7 +30,7 @@ def _add_gate(init):  # type: ignore
         def wait(*_):  # type: ignore
             nonlocal steps
             steps += bool({when})
-            if steps == 2:
+            if steps == ({calls}):
                 (folder / str(os.getpid())).touch()
                 while not (folder / "open").exists() and not is_asked(self) and tests_go_on():
                     time.sleep(0.01)
@@ -47,13 +47,20 @@ Solver.__init__ = _add_gate(Solver.__init__)  # type: ignore
 class Gate:
     """A place where each process of a project's runs waits, in the second step of epoch 2.
 
-    The wait is in the model's second call. It ends when the run is asked to stop, or by `open`.
+    The wait is in the model's second call, or as many as given. It ends when the run is asked to
+    stop, or by `open`.
     """
 
-    def __init__(self, project: Path, when: str = "self.epoch == 2") -> None:
-        """Add it to a project. A step counts if `when`, code about the solver `self`, is true."""
+    def __init__(self, project: Path, when: str = "self.epoch == 2", calls: str = "2") -> None:
+        """Add it to a project.
+
+        Args:
+            project: of the digits, or with a solver like theirs.
+            when: code about the solver `self`; a call counts if this is true.
+            calls: code for the number of the call that waits.
+        """
         self.folder = Path(tempfile.mkdtemp(prefix="gate-", dir=project))
-        code = CODE.format(folder=str(self.folder), test=os.getpid(), when=when)
+        code = CODE.format(folder=str(self.folder), test=os.getpid(), when=when, calls=calls)
         with (project / "my_research" / "solver.py").open("a") as file:
             file.write(code)
 

@@ -1,20 +1,18 @@
-"""Each fault befalls a real run once; `nox -s faults` goes on with 200 of them."""
+"""Each fault befalls a real run once, and each entry of the state is left out once.
 
-from collections.abc import Iterator
+`nox -s faults` goes on with many more faults.
+"""
 
 import pytest
 
-from . import faults
+from . import controls, faults
 from .conftest import Copy
 
 
 @pytest.fixture(scope="module")
-def campaign(tmp_path_factory: pytest.TempPathFactory, copy: Copy) -> Iterator[faults.Campaign]:
+def campaign(tmp_path_factory: pytest.TempPathFactory, copy: Copy) -> faults.Campaign:
     folder = tmp_path_factory.mktemp("faults")
-    project = copy(folder)
-    campaign = faults.Campaign(project, folder / "runs")
-    yield campaign
-    print(campaign.report())
+    return faults.Campaign(copy(folder), folder / "runs")
 
 
 PARAMETERS = [
@@ -29,4 +27,14 @@ PARAMETERS = [
 
 @pytest.mark.parametrize("fault", PARAMETERS)
 def test_nothing_is_lost_silently(campaign: faults.Campaign, fault: faults.Fault) -> None:
-    assert campaign.attempt(fault) in faults.FAULTS[fault]
+    result = campaign.attempt(fault)
+    assert result.outcome in faults.FAULTS[fault], result.said
+
+
+@pytest.mark.parametrize("control", controls.CONTROLS)
+def test_the_loss_of_an_entry_is_noticed(campaign: faults.Campaign, control: str) -> None:
+    assert controls.notices(campaign, control)
+
+
+def test_nothing_is_noticed_if_nothing_is_lost(campaign: faults.Campaign) -> None:
+    assert not controls.notices(campaign, "")
