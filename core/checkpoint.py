@@ -27,7 +27,7 @@ from . import distrib
 from .plain import to_plain
 from .replicas import put_back
 from .state import StateDict
-from .utils import UserError, flatten, write_and_rename
+from .utils import UserError, flatten, sync_folder, write_and_rename
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,8 @@ class Policy:
         self, history: Sequence[dict[str, Any]], kept: Collection[int] | None = None
     ) -> int | None:
         """Return the best of all or the kept epochs, the first of equals; None without numbers."""
-        mode, _, name = self.best.partition(" ")
-        stage, _, metric = name.partition(".")
-        sign = -1 if mode == "max" else 1
+        stage, _, metric = self.best.partition(" ")[2].partition(".")
+        sign = -1 if self.best.startswith("max") else 1
         epochs = range(1, len(history) + 1) if kept is None else sorted(kept)
         values = {epoch: history[epoch - 1].get(stage, {}).get(metric) for epoch in epochs}
         known = [(sign * v, e) for e, v in values.items() if isinstance(v, Real) and v == v]
@@ -193,6 +192,7 @@ def save(
     try:
         if path.exists():
             _keep_previous(path, epoch)
+            sync_folder(path.parent)  # else the new file may reach the disk without the old one
         kept = older(path).keys() | ({epoch} if is_commit and epoch else set())
         best = policy.best_epoch(history, kept) if policy.best else None
         about = {"format": FORMAT, "epoch": epoch, "best": best, "commit": is_commit}
@@ -237,7 +237,8 @@ def _keep_previous(path: Path, epoch: int) -> None:
         try:
             os.link(path, name)
         except OSError:  # some file systems have no hard links
-            shutil.copyfile(path, name)
+            with write_and_rename(name) as file, path.open("rb") as source:
+                shutil.copyfileobj(source, file)
 
 
 def _report_damage(path: Path, why: object, set_aside: bool = True) -> None:
@@ -256,9 +257,8 @@ def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy, best: 
         known = ", ".join(flatten(history[-1] if history else {}))
         note = "The best checkpoint is not kept: no epoch has a number for %s; there are %s"
         logger.warning(note, policy.best, known)
-    for epoch, file in files.items():
-        if epoch not in wanted:
-            file.unlink()
+    for epoch in files.keys() - wanted:
+        files[epoch].unlink()
 
 
 # --------------------------------------------------------------------------------------- reading
@@ -290,10 +290,9 @@ def load(path: Path, read_only: bool = False) -> StateDict | None:
 def _newest(path: Path, read_only: bool) -> tuple[Path | None, StateDict | None]:
     damaged: dict[Path, str] = {}
     paths = [path, *reversed(older(path).values())]
-    if read_only:
-        with suppress(Exception):
-            if not read_about(path)["commit"]:
-                paths.append(paths.pop(0))
+    with suppress(Exception):
+        if read_only and not read_about(path)["commit"]:
+            paths.append(paths.pop(0))
     for candidate in filter(Path.exists, paths):
         try:
             state = read(candidate)

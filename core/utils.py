@@ -69,8 +69,13 @@ def write_and_rename(
                 raise UserError(f"{place} is a folder in the way of a file: move it") from error
         temporary.unlink(missing_ok=True)
         raise
-    if os.name != "nt":  # where a folder can be opened, make the rename durable too
-        descriptor = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: new ones, renamed ones and deleted ones."""
+    if os.name != "nt":  # where a folder can be opened
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
