@@ -5,7 +5,7 @@
 
 import pytest
 
-from . import controls, faults
+from . import controls, damage, faults
 from .conftest import Copy
 
 
@@ -34,6 +34,12 @@ def test_nothing_is_lost_silently(campaign: faults.Campaign, fault: faults.Fault
 @pytest.mark.parametrize("control", controls.CONTROLS)
 def test_the_loss_of_an_entry_is_noticed(campaign: faults.Campaign, control: str) -> None:
     assert controls.notices(campaign, control)
+
+
+def test_no_damaged_file_is_lost_silently() -> None:
+    found = damage.campaign(100)
+    assert sum(counts.total() for counts in found.values()) == 100
+    assert sum(counts[damage.LOST] for counts in found.values()) == 0
 
 
 def test_nothing_is_noticed_if_nothing_is_lost(campaign: faults.Campaign) -> None:
