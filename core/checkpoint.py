@@ -31,7 +31,7 @@ from .utils import UserError, flatten, sync_folder, write_and_rename
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; raise it when older code can't read new ones
+FORMAT = 2  # of the files; raise it when older code can't read new ones
 BEST = re.compile(r"((min|max) (\w+)\.(\S+))?")
 
 # One thread is enough for a process; Python waits for it before it ends.
@@ -323,10 +323,9 @@ def read(path: Path) -> StateDict:
     state: Any = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not {"checkpoint", "history"} & state.keys():
         raise ValueError("not a checkpoint of this project")
-    if (found := state.get("checkpoint", {}).get("format", 0)) > FORMAT:
-        raise CheckpointError(
-            f"format {found} is newer than this code, which knows {FORMAT}: update the core"
-        )
+    if (found := state.get("checkpoint", {}).get("format", FORMAT)) != FORMAT:
+        cure = "update the core" if found > FORMAT else "go back to the older core, or start anew"
+        raise CheckpointError(f"format {found} is not that of this code, {FORMAT}: {cure}")
     return state
 
 

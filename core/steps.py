@@ -294,8 +294,8 @@ class Steps(Generic[T]):
             raise UserError(f"{stage.name}: averages with beta= need the same number of processes")
         if cursor.ranks[0]["layout"] != stage.layout:
             raise UserError(
-                f"{stage.name} was saved with another batch size over all processes, or, of a "
-                "stream, with another number of workers or processes"
+                f"{stage.name} was saved with another dataset or batch size over all processes, "
+                "or, of a stream, with another number of workers or processes"
             )
         stage.averages.load_state_dict(mine["averages"])
         stage.at_begin = mine["loop"]
@@ -328,11 +328,12 @@ class Steps(Generic[T]):
 def layout(data: Any) -> tuple[int, ...]:
     """Return the numbers besides the seed on which the order of data depends.
 
-    Of `loader` the global batch; of a stream the batch and the numbers of workers and ranks.
+    Of `loader` the global batch and the size of the dataset; of a stream the batch and the numbers
+    of workers and ranks.
     """
     batch, ranks = getattr(data, "batch_size", None) or 1, distrib.world_size()
-    if isinstance(getattr(data, "sampler", None), EpochSampler):
-        return (batch * ranks,)
+    if isinstance(sampler := getattr(data, "sampler", None), EpochSampler):
+        return batch * ranks, len(sampler.dataset)
     if isinstance(getattr(data, "dataset", None), IterableDataset):
         return batch, getattr(data, "num_workers", 0), ranks
     return ()

@@ -25,7 +25,7 @@ IN_TRAIN: list[Path] = [
     *((*CURSOR, name) for name in ("stage", "step", "counts")),
 ]
 IN_VALID: list[Path] = [(*CURSOR, "done"), (*CURSOR, "logged")]
-OTHERS: dict[Any, Any] = {"done": [], "step": 2, "stage": "valid", "layout": (120,)}
+OTHERS: dict[Any, Any] = {"done": [], "step": 2, "stage": "valid", "layout": (120, 1)}
 CONTROLS = {".".join(map(str, path)): ("train", path) for path in IN_TRAIN}
 CONTROLS |= {".".join(map(str, path)): ("valid", path) for path in IN_VALID}
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from core import BaseSolver, checkpoint
+from core import BaseSolver, checkpoint, provenance
 from core.plain import to_plain
 from core.stop import Stopped
 from core.utils import UserError
@@ -120,6 +120,7 @@ def campaign(trials: int, seed: int = 0) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        provenance.HERE = folder  # where no code can change meanwhile
         Solver(folder / "whole").run()
         with suppress(Stopped):
             Solver(folder / "stopped", EPOCHS).run()

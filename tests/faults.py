@@ -426,7 +426,7 @@ def malicious_pickle(run: Run, rng: random.Random) -> None:
     run.interrupt()
     evil = Evil(run.outputs / "evil")
     run.checkpoint.unlink()
-    torch.save({"checkpoint": {"format": 1}, "model": evil}, run.checkpoint)
+    torch.save({"checkpoint": {"format": 2}, "model": evil}, run.checkpoint)
 
 
 def history_removed(run: Run, rng: random.Random) -> None:

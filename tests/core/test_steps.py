@@ -888,7 +888,7 @@ class Elastic(TwoEpochs):
     def __init__(self, folder: Path, stop_at: int, beta: float) -> None:
         super().__init__(folder)
         self.stop_at, self.beta = stop_at, beta
-        self.data = loader(Numbers(62), split_batch(4), shuffle=True, seed=1)
+        self.data = loader(Numbers(132), split_batch(6), shuffle=True, seed=1)
         self.weight = nn.Linear(1, 1)
         distrib.broadcast_model(self.weight)
         self.register_stateful("weight")
@@ -924,21 +924,34 @@ def elastic(folder: str, stop_at: int, beta: float = 1.0) -> Any:
     return solver.seen, [epoch["train"]["mean"] for epoch in solver.history]
 
 
-@pytest.mark.parametrize("ranks", [(1, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize("ranks", [(1, 2, 3), (3, 2, 1), (2, 1, 3), (3, 1, 2)], ids=str)
 def test_another_number_of_ranks_resumes_within_the_epoch(
-    tmp_path: Path, ranks: tuple[int, int]
+    tmp_path: Path, ranks: tuple[int, int, int]
 ) -> None:
-    before, after = ranks
-    said = on_ranks(elastic, str(tmp_path), 2, ranks=before)
-    assert [end for _, end in said] == ["stopped"] * before
-    step = cursor_of(tmp_path)["step"]
-    assert 3 <= step < 16
-    seen = [number for numbers, _ in said for number in numbers]
-    assert len(seen) == 62 + 4 * step
-    said = on_ranks(elastic, str(tmp_path), -1, ranks=after)
-    assert [end for _, end in said] == [[30.5, 30.5]] * after
-    seen += [number for numbers, _ in said for number in numbers]
-    assert sorted(seen) == sorted([*range(62)] * 2)
+    seen: list[int] = []
+    for number, stop_at in zip(ranks, (2, 9, -1), strict=True):
+        said = on_ranks(elastic, str(tmp_path), stop_at, ranks=number)
+        seen += [example for examples, _ in said for example in examples]
+        if stop_at > 0:
+            assert [end for _, end in said] == ["stopped"] * number
+            step = cursor_of(tmp_path)["step"]
+            assert stop_at < step < 22
+            assert len(seen) == 132 + 6 * step
+    assert [end for _, end in said] == [[65.5, 65.5]] * number
+    assert sorted(seen) == sorted([*range(132)] * 2)
+
+
+def test_another_dataset_is_refused(tmp_path: Path) -> None:
+    def make(size: int) -> Elastic:
+        solver = Elastic(tmp_path, 2, 1.0)
+        solver.data = loader(Numbers(size), 6, shuffle=True, seed=1)
+        return solver
+
+    with pytest.raises(Stopped):
+        make(132).run()
+    with pytest.raises(UserError, match=r"train .*dataset"):
+        make(120).run()
+    make(132).run()
 
 
 def test_moving_averages_need_the_same_number_of_ranks(tmp_path: Path) -> None:
