@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from . import checkpoint
 from .plain import from_plain
 from .state import StateDict, StateManager
 from .utils import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def read_version(path: Path, version: str) -> StateDict:
@@ -19,6 +22,8 @@ def read_version(path: Path, version: str) -> StateDict:
     state = _best(path) if version == "best" else checkpoint.load(path, read_only=True)
     if state is None:
         raise UserError(f"no checkpoint yet: {path}")
+    if not state.get("checkpoint", {}).get("commit", True):
+        logger.warning("%s is from within the first epoch: none was committed yet", path)
     if version == "ema":
         averages = state.get("ema")
         if not isinstance(averages, dict):

@@ -136,10 +136,10 @@ def campaign(trials: int, seed: int = 0) -> dict[str, Counter[str]]:
 
 def table(found: dict[str, Counter[str]]) -> str:
     """Return the outcomes by the kind of file, as a table of Markdown."""
-    lines = [f"| damaged | tried | {' | '.join(OUTCOMES)} |", "|---|" + "---:|" * 6]
+    lines = [f"|damaged|tried|{'|'.join(OUTCOMES)}|", "|---|" + "---:|" * 6]
     for name, counts in sorted(found.items()):
         numbers = [counts.total(), *(counts[outcome] for outcome in OUTCOMES)]
-        lines.append(f"| `{name}` | {' | '.join(str(n or '') for n in numbers)} |")
+        lines.append(f"|`{name}`|{'|'.join(str(n or '') for n in numbers)}|")
     return "\n".join(lines)
 
 

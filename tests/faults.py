@@ -564,11 +564,11 @@ class Campaign:
 def table(results: list[Result]) -> str:
     """Return the faults by outcome, as a table of Markdown."""
     counts = Counter((result.fault, result.outcome) for result in results)
-    lines = [f"| fault | tried | {' | '.join(OUTCOMES)} |", "|---|" + "---:|" * 5]
+    lines = [f"|fault|tried|{'|'.join(OUTCOMES)}|", "|---|" + "---:|" * 5]
     for name in dict.fromkeys(result.fault for result in results):
         found = [counts[name, outcome] for outcome in OUTCOMES]
-        numbers = " | ".join(str(n or "") for n in (sum(found), *found))
-        lines.append(f"| {name.replace('_', ' ')} | {numbers} |")
+        numbers = "|".join(str(n or "") for n in (sum(found), *found))
+        lines.append(f"|{name.replace('_', ' ')}|{numbers}|")
     return "\n".join(lines)
 
 

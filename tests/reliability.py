@@ -53,7 +53,7 @@ def main(project: str, runs: str = "200", files: str = "2000", seed: str = "0") 
         seconds=f"{quantile(seconds, 0.5):.1f}",
         most_seconds=f"{quantile(seconds, 0.99):.1f}",
         damaged=damage.table(found),
-        controls=", ".join(f"`{name}`" for name in controls.CONTROLS),
+        controls=", ".join(name.removeprefix("checkpoint.") for name in controls.CONTROLS),
         cost=cost(),
     )
     (DOCS / "reliability.md").write_text(page)

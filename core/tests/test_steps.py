@@ -179,10 +179,11 @@ def test_a_damaged_stop_costs_no_more_than_the_epoch(
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_readers_prefer_a_commit(tmp_path: Path) -> None:
+def test_readers_prefer_a_commit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_until(solver_of(tmp_path), (1, "train", 3))
     within = solver_of(tmp_path)
     assert within.restore(read_only=True)  # nothing else is there yet
+    assert "none was committed" in caplog.text
     assert within.history == []
     run_until(solver_of(tmp_path), (3, "train", 3))
     committed: Any = solver_of(tmp_path)
