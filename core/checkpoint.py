@@ -94,7 +94,7 @@ class Cursor:
         seconds: since the stage began.
         counts: steps since the run began, by stage.
         ranks: of each rank, the loop's averages, and the generators where the stage began (`start`)
-            and where its loop began (`loop`), and the `buffers` that are not those of rank zero.
+            and where its loop began (`loop`), and its `own` parts of the state.
         logged: metrics of the epoch so far, by stage, as `log_metrics` has them.
     """
 
@@ -330,7 +330,7 @@ def read(path: Path) -> StateDict:
 
 
 def pop_cursor(state: StateDict) -> Cursor:
-    """Take the position out of a checkpoint, with generators and buffers of all ranks.
+    """Take the position out of a checkpoint, with generators and own parts of all ranks.
 
     A file whose position is absent, or does not fit the history, was written by the user's own
     code: a commit of unknown generators, without `ranks`.
@@ -341,7 +341,7 @@ def pop_cursor(state: StateDict) -> Cursor:
     cursor = Cursor(**about["cursor"])
     if (saved := len(cursor.ranks)) != distrib.world_size():
         note = "Saved by %d processes: each example comes once; random numbers differ from here, "
-        note += "and buffers that differed are those of rank 0"
+        note += "and what differed between ranks is that of rank 0"
         logger.warning(note, saved)
     for theirs, now in zip(cursor.ranks, rng["ranks"], strict=True):
         theirs["now"] = now

@@ -290,8 +290,10 @@ class Steps(Generic[T]):
         if (cursor := stage.epoch.cursor) is None:
             return iter(self.data)
         mine, skipped = stage.epoch.mine, stage.step
-        if self.beta != 1 and len(cursor.ranks) != distrib.world_size():
-            raise UserError(f"{stage.name}: averages with beta= need the same number of processes")
+        known = stage.stateful.holds(self.data)  # its position, when its state is loaded
+        if (self.beta != 1 or known) and len(cursor.ranks) != distrib.world_size():
+            what = "a loader with a state of its own needs" if known else "averages with beta= need"
+            raise UserError(f"{stage.name}: {what} the same number of processes")
         if cursor.ranks[0]["layout"] != stage.layout:
             raise UserError(
                 f"{stage.name} was saved with another dataset or batch size over all processes, "
@@ -299,7 +301,7 @@ class Steps(Generic[T]):
             )
         stage.averages.load_state_dict(mine["averages"])
         stage.at_begin = mine["loop"]
-        if stage.stateful.holds(self.data):  # knows where it is, when its state is loaded
+        if known:
             stage.epoch.arrive()
             skipped = 0
         elif isinstance(sampler, EpochSampler):

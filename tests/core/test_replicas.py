@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from core.replicas import _checksums
 from core.rng import seed_everything
 from core.stop import Stopped
 from core.tests.processes import on_ranks
+from core.utils import UserError
 
 
 class Solver(BaseSolver):
@@ -71,8 +75,11 @@ def test_buffers_that_differ_are_kept_per_rank(tmp_path: Path) -> None:
     assert whole[0][:2] == whole[1][:2]  # the weights do not
     assert on_ranks(_train, tmp_path / "stopped", 2) == [None, None]
     state = checkpoint.read(tmp_path / "stopped" / "checkpoint.th")
-    names = [[*rank["buffers"]["model"]] for rank in state["checkpoint"]["cursor"]["ranks"]]
-    assert names == [["1.running_mean", "1.running_var"]] * 2
+    for rank in state["checkpoint"]["cursor"]["ranks"]:
+        assert {path for path, _ in rank["own"]} == {
+            ("model", "1.running_mean"),
+            ("model", "1.running_var"),
+        }
     assert on_ranks(_train, tmp_path / "stopped", 0) == whole
     # And at a commit.
     on_ranks(_train, tmp_path / "ended", 0, 2)
@@ -84,6 +91,61 @@ def test_another_number_of_ranks_takes_the_buffers_of_rank_zero(tmp_path: Path) 
     saved = checkpoint.read(tmp_path / "checkpoint.th")["model"]
     [alone] = on_ranks(_train, tmp_path, 0, 1, ranks=1)
     assert alone == [value.tolist() for value in saved.values()]
+
+
+class Stream:
+    """Numbers of this rank, with a state of its own."""
+
+    def __init__(self) -> None:
+        self.position = 100 * distrib.rank()
+
+    def __iter__(self) -> Iterator[int]:
+        while self.position % 100 < 20:
+            self.position += 1
+            yield self.position
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position} | ({"first": 1} if distrib.is_rank_zero() else {})
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        assert ("first" in state) == distrib.is_rank_zero()
+        self.position = state["position"]
+
+
+def _read(folder: Path, stop: int) -> Any:
+    """Read a stream of this rank, to its end or to a stop; return the numbers of all processes."""
+    solver: Any = BaseSolver(folder)
+    solver.stream, solver.seen = Stream(), []
+    solver.register_stateful("stream", "seen")
+
+    def train() -> dict[str, float]:
+        steps = solver.steps(solver.stream, total=20)
+        for number in steps:
+            if steps.step == stop:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                while solver._current_stage.requests.due == math.inf:
+                    time.sleep(0.01)
+                distrib.barrier()  # all know after which step to stop
+            solver.seen.append(number)
+            steps.log({"number": number})
+        return dict(steps.metrics())
+
+    try:
+        with solver.running():
+            solver.run_stage("train", train)
+            solver.commit()
+    except Stopped:
+        return None
+    except UserError as error:
+        return str(error)
+    return solver.seen
+
+
+def test_a_loader_with_a_state_resumes_on_each_rank(tmp_path: Path) -> None:
+    assert on_ranks(_read, tmp_path, 2) == [None, None]
+    [said] = on_ranks(_read, tmp_path, -1, ranks=1)
+    assert "same number of processes" in said
+    assert on_ranks(_read, tmp_path, -1) == [[*range(1, 21)], [*range(101, 121)]]
 
 
 def _flip(folder: Path, name: str) -> str:
@@ -113,11 +175,11 @@ KINDS += [torch.float16, torch.float64, torch.complex64, torch.complex128, torch
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 def test_every_bit_counts(dtype: torch.dtype) -> None:
     whole = torch.zeros(7 * dtype.itemsize, dtype=torch.uint8)
-    tensors = [whole.view(dtype)]
+    tensors: Any = {("x",): whole.view(dtype)}
     seen = set()
     for byte in range(len(whole)):
         whole[byte] = 1
-        seen.add(_checksums(tensors)[0])
+        seen.add(_checksums(tensors)[("x",)])
         whole[byte] = 0
     assert 0 not in seen
 
@@ -125,5 +187,8 @@ def test_every_bit_counts(dtype: torch.dtype) -> None:
 def test_tensors_of_any_shape_have_a_checksum() -> None:
     matrix = torch.arange(6.0).reshape(2, 3)
     tensors = [matrix.T, matrix[1], matrix[:, 1:], torch.tensor(1.0), torch.empty(0)]
-    assert _checksums(tensors) == _checksums([tensor.clone() for tensor in tensors])
-    assert _checksums([]) == []
+    parts: dict[Any, Any] = dict(enumerate(tensors))
+    assert _checksums(parts) == _checksums({n: part.clone() for n, part in parts.items()})
+    assert _checksums({}) == {}
+    one, other = ({("x",): [1, name]} for name in "ab")
+    assert _checksums(one) != _checksums(other)
