@@ -25,13 +25,13 @@ import torch
 
 from . import distrib
 from .plain import to_plain
-from .replicas import put_back
+from .replicas import restore_own
 from .state import StateDict
 from .utils import UserError, flatten, sync_folder, write_and_rename
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files; raise it when older code can't read new ones
+FORMAT = 2  # of the files; raise it when runs can't resume from older ones
 BEST = re.compile(r"((min|max) (\w+)\.(\S+))?")
 
 # One thread is enough for a process; Python waits for it before it ends.
@@ -323,9 +323,10 @@ def read(path: Path) -> StateDict:
     state: Any = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not {"checkpoint", "history"} & state.keys():
         raise ValueError("not a checkpoint of this project")
-    if (found := state.get("checkpoint", {}).get("format", FORMAT)) != FORMAT:
-        cure = "update the core" if found > FORMAT else "go back to the older core, or start anew"
-        raise CheckpointError(f"format {found} is not that of this code, {FORMAT}: {cure}")
+    if (found := state.get("checkpoint", {}).get("format", FORMAT)) > FORMAT:
+        raise CheckpointError(
+            f"format {found} is newer than this code, which knows {FORMAT}: update the core"
+        )
     return state
 
 
@@ -338,14 +339,17 @@ def pop_cursor(state: StateDict) -> Cursor:
     about, rng = state.pop("checkpoint", None), state.pop("rng", {"ranks": []})
     if about is None or about["epoch"] != len(state["history"]):
         return Cursor()
+    if about["format"] != FORMAT:
+        cure = "go back to the older core, or start anew with continue_from"
+        raise CheckpointError(f"a run saved in format {about['format']} can't resume here: {cure}")
     cursor = Cursor(**about["cursor"])
     if (saved := len(cursor.ranks)) != distrib.world_size():
         note = "Saved by %d processes: each example comes once; random numbers differ from here, "
-        note += "and what differed between ranks is that of rank 0"
+        note += "and state that differed between ranks is taken from rank 0"
         logger.warning(note, saved)
     for theirs, now in zip(cursor.ranks, rng["ranks"], strict=True):
         theirs["now"] = now
-    put_back(state, cursor.ranks)
+    restore_own(state, cursor.ranks)
     return cursor
 
 

@@ -2,67 +2,77 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from . import distrib
+from .metrics import fetch
 from .modules import original_name
 from .plain import to_plain
-from .utils import UserError
 
-Path = tuple[Any, ...]  # keys of nested dicts
+logger = logging.getLogger(__name__)
 
-OF_RANK_ZERO = {"history", "xp.cfg", "xp.sig"}  # with durations, or given to all
+Keys = tuple[Any, ...]  # of nested dicts and lists
+Sums = dict[Keys, int]
+
+NOT_COMPARED = {"history", "xp.cfg", "xp.sig"}  # durations may differ; the others are the run's
 
 
-def own_parts(state: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> list[tuple[Path, Any]]:
-    """Return the parts of this rank's state that are not the same on all ranks, with their paths.
+def add_own(
+    entries: list[dict[str, Any]], state: Mapping[str, Any], modules: Mapping[str, nn.Module]
+) -> None:
+    """Add to the entries of all ranks, on rank zero, the parts of state that differ there: `own`.
 
-    Such as the statistics of a BatchNorm without synchronization, or the position of a loader. All
-    ranks must take part.
+    Examples are the statistics of a BatchNorm without synchronization and the position of a loader.
+    Trained weights should be the same: a warning names those that differ, and rank zero's are kept.
+    All ranks must take part.
 
     Args:
+        entries: of all ranks, in a checkpoint.
         state: of this rank, in plain containers.
         modules: by the names of their states.
-
-    Raises:
-        UserError: on all ranks, if a parameter is not the same on all ranks.
     """
     if not distrib.is_distributed():
-        return []
-    parts = {path: part for path, part in _parts(state, ()) if path[0] not in OF_RANK_ZERO}
-    ranks = distrib.gather_objects(_checksums(parts), "checksums of the state")
-    own, wrong = [], []
-    for name in dict.fromkeys(path[0] for path in parts):
-        paths = [{path for path in sums if path[0] == name} for sums in ranks]
-        if any(found != paths[0] for found in paths):  # has other keys, so is kept as a whole
-            own.append(((name,), state[name]))
-            continue
-        for path in paths[0]:
-            others = [rank for rank, sums in enumerate(ranks) if sums[path] != ranks[0][path]]
-            if others and name in modules and path[1] in _parameters(modules[name]):
-                wrong.append(f"{'.'.join(path)} of rank {', '.join(map(str, others))}")
-            elif others:
-                own.append((path, parts[path]))
-    if wrong:
-        raise UserError(
-            f"ranks have other weights than rank 0: {'; '.join(sorted(wrong))}. Average the "
-            "gradients, and begin with `distrib.broadcast_model`; or a chip has flipped a bit"
-        )
-    return [(path, to_plain(part, copy=torch.Tensor.cpu)) for path, part in own]
+        return
+    parts = {keys: part for keys, part in _parts(state, ()) if keys[0] not in NOT_COMPARED}
+    sums = _checksums(parts)
+    digest = zlib.crc32(repr(sums).encode())
+    if len({*distrib.gather_objects(digest, "comparing the state")}) == 1:
+        return
+    ranks = distrib.gather_objects(sums, "comparing the state")
+    weights = {
+        (name, original_name(module, key))
+        for name, module in modules.items()
+        for key, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+    _warn([keys for keys in ranks[0] if keys in weights], ranks)
+    names = dict.fromkeys(keys[0] for keys in parts if keys[0] not in modules)
+    whole = [name for name in names if _keys(sums, name) != _keys(ranks[0], name)]
+    own: list[tuple[Keys, Any]] = [((name,), state[name]) for name in whole]
+    for keys, part in parts.items():
+        if keys not in weights and keys[0] not in whole and sums[keys] != ranks[0].get(keys):
+            own.append((keys, part))
+    found: list[Any] = [None] * len(entries)
+    sent = to_plain(own, copy=torch.Tensor.cpu)
+    dist.gather_object(sent, found if distrib.is_rank_zero() else None)
+    for entry, parts_of_rank in zip(entries, found, strict=True):
+        entry["own"] = parts_of_rank
 
 
-def put_back(state: Mapping[str, Any], ranks: list[dict[str, Any]]) -> None:
-    """Put the parts of this rank into a state, if it was saved on as many ranks.
+def restore_own(state: Mapping[str, Any], ranks: list[dict[str, Any]]) -> None:
+    """Put the own parts of this rank into a state, if the number of ranks is the same.
 
     Args:
         state: of rank zero.
-        ranks: entries of all ranks, with their `own_parts` as `own`.
+        ranks: entries of all ranks, with their parts as `own`.
     """
     mine = ranks[distrib.rank()] if len(ranks) == distrib.world_size() else {}
     for (*above, last), part in mine.get("own", ()):
@@ -72,31 +82,47 @@ def put_back(state: Mapping[str, Any], ranks: list[dict[str, Any]]) -> None:
         place[last] = part
 
 
-def _parts(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    """Yield the parts of nested dicts, with the keys that lead there."""
-    if not isinstance(value, dict) or not value:
-        yield path, value
+def _parts(value: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
+    """Yield the parts of nested dicts and lists, with the keys that lead there."""
+    if not isinstance(value, (dict, list)) or not value:
+        yield keys, value
         return
-    for key, part in value.items():
-        yield from _parts(part, (*path, key))
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _parts(part, (*keys, key))
 
 
-def _parameters(module: nn.Module) -> set[str]:
-    return {original_name(module, name) for name, _ in module.named_parameters()}
+def _keys(sums: Sums, name: str) -> set[Keys]:
+    return {keys for keys in sums if keys[0] == name}
 
 
-def _checksums(parts: Mapping[Path, Any]) -> dict[Path, int]:
-    """Return a checksum of each part: of a tensor the sum of its bits; waits once for a device."""
-    sums: dict[Path, Any] = {}
-    for path, part in parts.items():
+def _warn(weights: list[Keys], ranks: list[Sums]) -> None:
+    """Name the weights that are not those of rank zero on some rank."""
+    pairs = ((keys, rank) for keys in weights for rank in range(1, len(ranks)))
+    wrong = [f"{'.'.join(k)} of rank {r}" for k, r in pairs if ranks[r].get(k) != ranks[0][k]]
+    if wrong:
+        note = (
+            "Weights differ from those of rank 0, which are saved: %s (%d in all). Were gradients "
+        )
+        note += "averaged, and was distrib.broadcast_model called? Else suspect a memory error"
+        logger.warning(note, ", ".join(wrong[:3]), len(wrong))
+
+
+def _checksums(parts: Mapping[Keys, Any]) -> Sums:
+    """Return a checksum of each part, of tensors by their bits; waits once for each device."""
+    sums: dict[Keys, Any] = {}
+    for keys, part in parts.items():
         if not isinstance(part, torch.Tensor) or part.layout != torch.strided or part.is_quantized:
-            sums[path] = zlib.crc32(pickle.dumps(part))
+            sums[keys] = zlib.crc32(pickle.dumps(part))
             continue
         data = part.detach().contiguous().reshape(-1).view(torch.uint8)
         data = data.clone() if data.storage_offset() % 8 else data
-        words = data[: len(data) // 8 * 8].view(torch.int64)  # long words are summed fastest
-        sums[path] = words.sum() + data[8 * len(words) :].sum(dtype=torch.int64)
-    waiting = {path: value for path, value in sums.items() if isinstance(value, torch.Tensor)}
-    device = next((value.device for value in waiting.values()), None)
-    values = torch.stack([value.to(device) for value in waiting.values()]) if waiting else None
-    return sums | dict(zip(waiting, values.tolist() if values is not None else (), strict=True))
+        size = len(data) // 512 * 512
+        blocks = data[:size].view(torch.int64).view(-1, 64).sum(1)
+        values = torch.cat([blocks, data[size:].long()])
+        # Odd factors keep each changed bit, and tell another order.
+        sums[keys] = (values * (2 * torch.arange(len(values), device=values.device) + 1)).sum()
+    tensors: dict[Any, Any] = {
+        keys: value for keys, value in sums.items() if isinstance(value, torch.Tensor)
+    }
+    fetch([tensors])
+    return sums | tensors

@@ -20,7 +20,7 @@ from . import checkpoint, distrib, versions
 from .checkpoint import Cursor, Policy, Writer
 from .modules import lending, lent
 from .plain import to_plain
-from .replicas import own_parts
+from .replicas import add_own
 from .results import Logs
 from .rng import get_rng_state, position, set_rng_state
 from .run import XP, FolderXP, check_config, get_xp, locked, read_history, write_history
@@ -157,9 +157,9 @@ class BaseSolver(Logs):
             raise RuntimeError("weights are lent: leave `swapped()` or `weights()` before a save")
         self.__requests.renew()  # before the state is gathered, which may take long
         state = self.state_dict()
-        mine: StateDict = {"own": own_parts(state, self.stateful.values(nn.Module))}
-        mine |= {"rng": get_rng_state()} | (stage.rank_state() if stage else {})
+        mine = {"rng": get_rng_state()} | (stage.rank_state() if stage else {})
         ranks = distrib.gather_objects(to_plain(mine))
+        add_own(ranks, state, self.stateful.values(nn.Module))
         state |= {"rng": {"ranks": [theirs.pop("rng") for theirs in ranks]}}
         cursor, history = Cursor(counts=self.__epoch.counts, ranks=ranks), [*self.history]
         if stage is not None:

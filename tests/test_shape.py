@@ -112,7 +112,7 @@ def test_an_optional_file_can_be_deleted(name: str, copy: Copy, tmp_path: Path) 
         launch = package / "core" / "launch.py"
         text = launch.read_text().replace("from .hints import explain\n", "")
         launch.write_text(text.replace("{explain(error, known)}", "{error}"))
-    uses = {"provenance": "record_start", "replicas": "own_parts|put_back"}
+    uses = {"provenance": "record_start", "replicas": "add_own|restore_own"}
     for file in (package / "core").glob("*.py") if name in uses else ():
         text = file.read_text()
         file.write_text(re.sub(rf".*(import ({uses[name]})|({uses[name]})\().*\n", "", text))
