@@ -337,11 +337,11 @@ def pop_cursor(state: StateDict) -> Cursor:
     code: a commit of unknown generators, without `ranks`.
     """
     about, rng = state.pop("checkpoint", None), state.pop("rng", {"ranks": []})
-    if about is None or about["epoch"] != len(state["history"]):
-        return Cursor()
-    if about["format"] != FORMAT:
+    if about is not None and about["format"] != FORMAT:
         cure = "go back to the older core, or start anew with continue_from"
         raise CheckpointError(f"a run saved in format {about['format']} can't resume here: {cure}")
+    if about is None or about["epoch"] != len(state["history"]):
+        return Cursor()
     cursor = Cursor(**about["cursor"])
     if (saved := len(cursor.ranks)) != distrib.world_size():
         note = "Saved by %d processes: each example comes once; random numbers differ from here, "

@@ -221,7 +221,7 @@ def _composed(main: Any, get_xp: Callable[..., Any], argv: list[str], typed: boo
             )
         key = override.strip("+").partition("=")[0]
         if typed and override.startswith("+") and key not in known:
-            raise SystemExit(f"Config error: {override}: no such key in schema.py and config.yaml")
+            raise SystemExit(f"Config error: {override}: add it to schema.py and config.yaml first")
     with _hydra("", known):
         xp = get_xp(argv)
         changing = [key for key in _changing(xp.cfg) if not xp.dora.is_excluded(key)]

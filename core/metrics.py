@@ -62,8 +62,8 @@ class Averages(Mapping[str, float]):
 
     def count(self, name: str, more: int) -> None:
         """Add to a metric that is a number of steps, rather than an average over steps."""
-        count, _ = self._sums.get(name, (0.0, 1.0))
-        self._sums[name] = count + more, 1.0
+        count, weight = self._sums.get(name, (0.0, 1.0))
+        self._sums[name] = count + more * weight, weight
 
     state_dict = sums
 

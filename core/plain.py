@@ -51,7 +51,7 @@ def to_plain(
 
     kind = type(value)
     if isinstance(value, torch.Tensor):
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # of all ranks
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # by all ranks
         if type(value) in TENSORS or not exact:
             return copy(value.resolve_conj().resolve_neg())
     if kind in VALUES:

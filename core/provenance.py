@@ -8,10 +8,14 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,9 +28,9 @@ from .utils import flatten, write_and_rename
 
 logger = logging.getLogger(__name__)
 
-HERE = Path(__file__).parent
-KEPT_BYTES = 2**20  # of changes that are not committed
-SOURCES = {".py", ".yaml", ".yml", ".toml"}  # kinds of files that git may not know yet
+PROJECT = Path(__file__).parents[2]
+MAX_PATCH_BYTES = 2**20
+NEW_FILES = "*.py", "*.yaml"  # that belong to a patch before git knows them; others may be secret
 
 
 def record_start(xp: XP) -> None:
@@ -34,15 +38,15 @@ def record_start(xp: XP) -> None:
 
     All ranks must take part.
     """
-    ranks = distrib.gather_objects(f"{device_name()} of {socket.gethostname()}")
+    ranks = distrib.gather_objects(f"{device_name()} on {socket.gethostname()}")
     if not distrib.is_rank_zero():
         return
     path = xp.folder / "run.json"
     start = {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
-        "ranks": ranks,
-        "code": read_code(xp.folder),
+        "ranks": Counter(ranks),
+        "code": record_code(xp.folder),
         "template": read_template(),
         "versions": {"python": platform.python_version(), **read_versions()},
     }
@@ -69,10 +73,11 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Yield the code and the versions that differ, of those that both starts know."""
     for part in ("code", "template", "versions"):
-        old, new = (flatten(start[part]) if part in start else {} for start in (then, now))
+        found = (start.get(part) for start in (then, now))
+        old, new = (flatten(known) if isinstance(known, dict) else {} for known in found)
         prefix = "" if part == "versions" else f"{part} "
-        for key in old.keys() & new.keys():
-            if old[key] != new[key]:
+        for key in new:
+            if key in old and old[key] != new[key]:
                 yield f"{prefix}{key} {old[key] or 'none'} -> {new[key] or 'none'}"
 
 
@@ -96,44 +101,42 @@ def read_versions() -> dict[str, str]:
 def read_template() -> dict[str, Any]:
     """Return version and commit of the template."""
     try:
-        record = json.loads((HERE.parents[1] / ".template.json").read_bytes())
+        record = json.loads((PROJECT / ".template.json").read_bytes())
         return {"version": record["version"], "commit": record["commit"]}
     except (OSError, ValueError, LookupError, TypeError):
         return {}
 
 
-def read_code(folder: Path) -> dict[str, str]:
-    """Return the commit, and the file in `folder` with the changes that are not committed.
+def record_code(folder: Path) -> dict[str, str]:
+    """Return the commit, and the name of a patch in `folder` with the uncommitted changes.
 
-    Empty without git. Changes of more than a megabyte have a name, but no file.
+    Empty without git. A patch of more than a megabyte has a name, but no file.
     """
-    try:
-        commit = git("rev-parse", "--short=12", "HEAD").decode().strip()
-        diff = git("diff", "HEAD", "--no-ext-diff", "--no-textconv", "--binary")
-        root = Path(os.fsdecode(git("rev-parse", "--show-toplevel")).strip())
-        new = git("ls-files", "--others", "--exclude-standard", "--full-name", "-z", ":/")
-        names = [name for name in os.fsdecode(new).split("\0") if Path(name).suffix in SOURCES]
-        diff += b"".join(as_patch(root, name) for name in names)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    patch = f"changes.{hashlib.sha256(diff).hexdigest()[:8]}.patch" if diff else ""
-    if patch and len(diff) <= KEPT_BYTES:
-        (folder / patch).write_bytes(diff)
-    return {"commit": commit, "changes": patch}
+    code: dict[str, str] = {}
+    with suppress(OSError, subprocess.SubprocessError):
+        code["commit"] = git("rev-parse", "--short=12", "HEAD").decode().strip()
+        diff = read_changes()
+        code["changes"] = f"changes.{hashlib.sha256(diff).hexdigest()[:8]}.patch" if diff else ""
+        if 0 < len(diff) <= MAX_PATCH_BYTES:
+            (folder / code["changes"]).write_bytes(diff)
+    return code
 
 
-def git(*arguments: str) -> bytes:
-    """Return what git says of the project, without an effect on its files."""
-    command = ["git", "-C", str(HERE), *arguments]
+def read_changes() -> bytes:
+    """Return the changes in the project since its commit, with new files, as a patch for git."""
+    with tempfile.TemporaryDirectory() as temporary:
+        index = Path(temporary, "index")  # a copy, so that new files join no index of the user
+        shutil.copy(PROJECT / os.fsdecode(git("rev-parse", "--git-path", "index")).strip(), index)
+        new = git("ls-files", "--others", "--exclude-standard", "-z", "--", *NEW_FILES)
+        if names := os.fsdecode(new).split("\0")[:-1]:
+            git("add", "--intent-to-add", "--", *names, index=index)
+        options = ["--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/"]
+        return git("diff", "--no-color", *options, "HEAD", "--", ".", index=index)
+
+
+def git(*arguments: str, index: Path | None = None) -> bytes:
+    """Return the output of git in the project, whose files and index are left alone."""
+    command = ["git", "-C", str(PROJECT), *arguments]
     env = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+    env |= {"GIT_INDEX_FILE": str(index)} if index else {}
     return subprocess.run(command, capture_output=True, check=True, timeout=60, env=env).stdout
-
-
-def as_patch(root: Path, name: str) -> bytes:
-    """Return a new file as a patch that makes it; empty for a large file."""
-    path = root / name
-    if path.stat().st_size > KEPT_BYTES:
-        return b""
-    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
-    head = f"--- /dev/null\n+++ b/{name}\n@@ -0,0 +1,{len(lines)} @@\n"
-    return os.fsencode(head) + b"".join(b"+" + line + b"\n" for line in lines)

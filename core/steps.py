@@ -18,7 +18,7 @@ from . import distrib
 from .checkpoint import Cursor
 from .data import EpochSampler
 from .log import LogProgressBar
-from .metrics import Averages, added
+from .metrics import Averages, added, number
 from .results import to_numbers
 from .rng import Position, derive_seed, get_rng_state, seed_process, set_rng_state
 from .state import StateDict, StateManager
@@ -171,6 +171,8 @@ class Steps(Generic[T]):
     total: int | None = None
 
     def __post_init__(self) -> None:
+        if self.skip and not self.finite:
+            raise ValueError("skip=True: name the metrics in finite=")
         if self.stage.has_loop:
             raise UserError(
                 f"stage {self.stage.name} has a second loop of steps: make it a stage of its own"
@@ -211,21 +213,22 @@ class Steps(Generic[T]):
         """Average and show the metrics of this step, and record a point of the curves.
 
         With `finite`, call this before `optimizer.step()`, so that no bad step reaches the weights.
+        With `skip`, all ranks must take part.
 
         Args:
-            metrics: numbers, or tensors of one element; a device is waited for only with `skip`.
+            metrics: numbers, or tensors of one element; no device is waited for, but with `skip`.
             weight: of the step in the averages, such as the number of examples.
 
         Returns:
-            False if the step is to be skipped: it counts as `skipped` in the averages, no more.
+            False if the step is to be skipped: such a step is only counted, as `skipped`.
 
         Raises:
-            UserError: if a metric in `finite` is NaN or infinite; of a device, a RuntimeError at
-                one of the next calls. Both name step, rank and metric.
+            UserError: if a metric in `finite` is NaN or infinite; names step, rank and metric. A
+                device asserts that instead: it names them on stderr, and a later call raises.
         """
         stage = self.stage
         stage.logged = stage.step + 1
-        good = not self.finite or self._is_good(metrics)
+        good = not self.finite or self._accepts(metrics)
         averages = stage.averages(metrics, weight) if good else stage.averages
         if self.skip:
             averages.count("skipped", not good)
@@ -236,21 +239,22 @@ class Steps(Generic[T]):
             self.log_step(stage.name, metrics, counted, stage.number)
         return good
 
-    def _is_good(self, metrics: Mapping[str, Any]) -> bool:
+    def _accepts(self, metrics: Mapping[str, Any]) -> bool:
         """Return whether the metrics in `finite` are finite on all ranks; without `skip`, raise."""
-        wanted = {name: metrics[name] for name in self.finite if name in metrics}
+        wanted = {name: number(name, metrics[name]) for name in self.finite if name in metrics}
         if self.skip:
-            bad = torch.tensor(sum(not math.isfinite(value) for value in wanted.values()))
-            distrib.all_reduce(bad)
-            return not bad
+            bad = not all(map(math.isfinite, wanted.values()))
+            return not any(distrib.gather_objects(bad, "steps.log with skip"))
         for name, value in wanted.items():
-            on_device = isinstance(value, torch.Tensor) and not value.is_cpu
+            on_device = isinstance(value, torch.Tensor)
+            if on_device and (value.is_mps or torch.version.hip):  # know no assertion
+                on_device, value = False, float(value)
             if on_device or not math.isfinite(value):
                 step, rank = self.stage.logged, distrib.rank()
                 why = f"{name} is NaN or infinite in step {step} of {self.stage.name}, rank {rank}"
                 if not on_device:
                     raise UserError(f"{why}: lower the learning rate, or limit the gradient's norm")
-                torch._assert_async(torch.isfinite(value).all(), why)  # waits for no device
+                torch._assert_async(torch.isfinite(value).all(), why[:200])  # waits for nothing
         return True
 
     def metrics(self) -> dict[str, float]:
@@ -292,12 +296,12 @@ class Steps(Generic[T]):
         mine, skipped = stage.epoch.mine, stage.step
         known = stage.stateful.holds(self.data)  # its position, when its state is loaded
         if (self.beta != 1 or known) and len(cursor.ranks) != distrib.world_size():
-            what = "a loader with a state of its own needs" if known else "averages with beta= need"
-            raise UserError(f"{stage.name}: {what} the same number of processes")
+            why = "averages with beta=, or a loader with a state, need the same number of processes"
+            raise UserError(f"{stage.name}: {why}")
         if cursor.ranks[0]["layout"] != stage.layout:
             raise UserError(
                 f"{stage.name} was saved with another dataset or batch size over all processes, "
-                "or, of a stream, with another number of workers or processes"
+                "or, of a stream, with another number of workers or processes: restore that"
             )
         stage.averages.load_state_dict(mine["averages"])
         stage.at_begin = mine["loop"]

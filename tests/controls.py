@@ -1,8 +1,8 @@
 """Negative controls: would the campaign notice if an entry of the state were left out?
 
 A run is stopped within an epoch. In its checkpoint, one entry becomes that of an earlier stop. The
-run must then end otherwise than one that nothing befell, or refuse to resume: a campaign that
-does not notice the loss of an entry proves nothing about this entry.
+run must then end differently from an undisturbed run, or refuse to resume: a campaign that does
+not notice the loss of an entry proves nothing about this entry.
 """
 
 import shutil
@@ -14,17 +14,17 @@ from .faults import Campaign, Run, load, same
 
 CURSOR = ("checkpoint", "cursor")
 GENERATORS = ("python", "numpy", "torch")
-Path = tuple[str | int, ...]
+Keys = tuple[str | int, ...]
 
 # Entries of a checkpoint within training, and within validation.
-IN_TRAIN: list[Path] = [
+IN_TRAIN: list[Keys] = [
     *((name,) for name in ("model", "optim", "schedule", "ema", "history")),
     *(("rng", "ranks", 0, name) for name in GENERATORS),
     *((*CURSOR, "ranks", 0, when, name) for when in ("start", "loop") for name in GENERATORS),
     *((*CURSOR, "ranks", 0, name) for name in ("averages", "layout")),
     *((*CURSOR, name) for name in ("stage", "step", "counts")),
 ]
-IN_VALID: list[Path] = [(*CURSOR, "done"), (*CURSOR, "logged")]
+IN_VALID: list[Keys] = [(*CURSOR, "done"), (*CURSOR, "logged")]
 OTHERS: dict[Any, Any] = {"done": [], "step": 2, "stage": "valid", "layout": (120, 1)}
 CONTROLS = {".".join(map(str, path)): ("train", path) for path in IN_TRAIN}
 CONTROLS |= {".".join(map(str, path)): ("valid", path) for path in IN_VALID}
@@ -53,7 +53,7 @@ def notices(campaign: Campaign, control: str) -> bool:
     return code != 0 or not campaign.is_exact(run)
 
 
-def replace(state: Any, other: Any, path: Path) -> None:
+def replace(state: Any, other: Any, path: Keys) -> None:
     """Replace an entry by that of another state, or by another value if both are the same."""
     *parents, last = path
     for step in parents:

@@ -120,7 +120,7 @@ def campaign(trials: int, seed: int = 0) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        provenance.HERE = folder  # where no code can change meanwhile
+        provenance.PROJECT = folder  # where no code can change meanwhile
         Solver(folder / "whole").run()
         with suppress(Stopped):
             Solver(folder / "stopped", EPOCHS).run()
@@ -139,7 +139,7 @@ def table(found: dict[str, Counter[str]]) -> str:
     lines = [f"|damaged|tried|{'|'.join(OUTCOMES)}|", "|---|" + "---:|" * 6]
     for name, counts in sorted(found.items()):
         numbers = [counts.total(), *(counts[outcome] for outcome in OUTCOMES)]
-        lines.append(f"|`{name}`|{'|'.join(str(n or '') for n in numbers)}|")
+        lines.append(f"|{name}|{'|'.join(str(n or '') for n in numbers)}|")
     return "\n".join(lines)
 
 

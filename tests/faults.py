@@ -1,7 +1,7 @@
 """Break real runs of a rendered project, start them again, and see what is lost.
 
 `nox -s faults` writes the results to docs/reliability.md. A run counts as recovered if its last
-checkpoint and the rows of its metrics are bitwise those of a run that nothing befell.
+checkpoint and the rows of its metrics are bitwise those of an undisturbed run.
 """
 
 import ctypes
@@ -520,7 +520,7 @@ class Campaign:
         self.gate = Gate(self.project, when, calls='6 if "train" in self.current_stage else 1')
 
     def reference(self, ranks: int) -> Run:
-        """Return a run that nothing befalls."""
+        """Return an undisturbed run."""
         run = Run(self.project, self.work / f"reference-{ranks}", self.gate, ranks)
         if not run.outputs.exists():
             # Started afresh: a fork would have, with the others, the same seed of hashes.
@@ -528,7 +528,7 @@ class Campaign:
         return run
 
     def is_exact(self, run: Run) -> bool:
-        """Return whether a run ended as one that nothing befell."""
+        """Return whether a run ended as an undisturbed one."""
         whole = self.reference(run.ranks)
         ended = run.committed() == EPOCHS and same(load(run.checkpoint), load(whole.checkpoint))
         return ended and (not run.has_rows or run.rows() == whole.rows())

@@ -35,7 +35,6 @@ STARTS = {  # columns of the page's table of starts, and their keys in `run.json
     "commit": "code.commit",
     "changes": "code.changes",
     "torch": "versions.torch",
-    "ranks": "ranks",
     "command": "command",
 }
 
@@ -159,11 +158,12 @@ def table_row(index: int, run: Run, cells: Sequence[str]) -> str:
 
 def starts(runs: Sequence[Run]) -> str:
     """Return the table of all recorded starts as a piece of HTML."""
-    head = "".join(f"<th>{name}</th>" for name in ("run", *STARTS))
     rows = []
-    for run, start in ((run, flatten(start)) for run in runs for start in run.starts):
-        texts = [run.sig, *(cell(start.get(key) or ABSENT) for key in STARTS.values())]
-        rows.append("".join(f"<td>{escape(text)}</td>" for text in texts))
+    for run in runs:
+        for start in map(flatten, run.starts):
+            texts = [run.sig, *(cell(start.get(key) or ABSENT) for key in STARTS.values())]
+            rows.append("".join(f"<td>{escape(text)}</td>" for text in texts))
+    head = "".join(f"<th>{name}</th>" for name in ("run", *STARTS))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<h2>Starts</h2><div class="table">{table}</div>' if rows else ""

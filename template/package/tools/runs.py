@@ -139,7 +139,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def find_runs(folder: Path, sigs: Sequence[str]) -> list[Run]:
     """Return the runs in a folder by signature, or all by age; exit if one is not there."""
-    files = [*folder.glob("*/config.json"), *folder.glob("*/history.json")]  # the last is newer
+    files = [*folder.glob("*/config.json"), *folder.glob("*/history.json")]  # history.json wins
     found = {path.parent.name: path for path in sorted(files)}
     if missing := [sig for sig in sigs if sig not in found]:
         near = difflib.get_close_matches(missing[0], found, n=1)

@@ -59,7 +59,7 @@ def test_best_and_averaged_weights_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="loss was NaN or infinite"):
+    with pytest.raises(UserError, match="grad_norm is NaN or infinite"):
         train(tmp_path, "epochs=1", "optim.lr=1e30", "optim.clip=inf")
     assert not (tmp_path / "checkpoint.th").exists()
 
