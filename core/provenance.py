@@ -48,7 +48,7 @@ def record_start(xp: XP) -> None:
         "ranks": Counter(ranks),
         "code": record_code(xp.folder),
         "template": read_template(),
-        "versions": {"python": platform.python_version(), **read_versions()},
+        "versions": read_versions(),
     }
     starts = read_starts(path)
     if starts and (changes := ", ".join(find_changes(starts[-1], start))):
@@ -91,11 +91,13 @@ def device_name() -> str:
 
 
 def read_versions() -> dict[str, str]:
-    """Return the versions of all imported packages."""
+    """Return the versions of Python, the core and all imported packages."""
     packages = {n: m for n, m in [*sys.modules.items()] if n.partition(".")[0] == n}
+    packages["core"] = sys.modules[__package__]
     known = {n: vars(m).get("__version__") for n, m in packages.items() if hasattr(m, "__dict__")}
     others = known.keys() - sys.stdlib_module_names
-    return {name: str(known[name]) for name in sorted(others) if isinstance(known[name], str)}
+    found = {name: str(known[name]) for name in sorted(others) if isinstance(known[name], str)}
+    return {"python": platform.python_version(), **found}
 
 
 def read_template() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import core
 from core import BaseSolver, provenance
 from core.tests.processes import on_ranks
 
@@ -49,6 +50,7 @@ def test_each_start_is_recorded(tmp_path: Path, repo: Path) -> None:
     record = start(tmp_path / "run")
     assert record["command"] == shlex.join(sys.orig_argv)
     assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["core"] == core.__version__
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert "json" not in record["versions"]  # of Python itself
     assert record["template"] == {"version": "1.0", "commit": None}
