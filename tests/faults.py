@@ -466,7 +466,7 @@ FAULTS: dict[Fault, set[str]] = {
     folder_read_only: {REFUSED},
     malicious_pickle: {WARNED},
     history_removed: {EXACT},
-    checkpoint_removed: {WARNED},
+    checkpoint_removed: {WARNED, EXACT},
 }
 
 

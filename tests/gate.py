@@ -7,7 +7,7 @@ from pathlib import Path
 CODE = """
 
 def _add_gate(init):  # type: ignore
-    import os, time
+    import math, os, time
     from pathlib import Path
 
     folder = Path({folder!r})
@@ -21,7 +21,8 @@ def _add_gate(init):  # type: ignore
 
     def is_asked(self):  # type: ignore
         stage = self._current_stage
-        return stage is not None and bool(stage.requests.signal)
+        requests = stage and stage.requests
+        return bool(requests and requests.signal) and requests.due < math.inf
 
     def init_and_wait(self, *args, **kwargs):  # type: ignore
         init(self, *args, **kwargs)

@@ -23,8 +23,9 @@ def git(repo: Path, *arguments: str) -> None:
 
 
 @pytest.fixture
-def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with the core, and a solver that is committed."""
+def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
+    """A repository with the core, and a solver that is committed; only warnings are captured."""
+    caplog.set_level("WARNING")
     here = tmp_path / "repo" / "package" / "core"
     here.mkdir(parents=True)
     (here / "steps.py").write_text("two = 2\n")

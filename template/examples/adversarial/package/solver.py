@@ -1,7 +1,6 @@
 """The solver: data, models and optimizers, and what one epoch does with them."""
 
 import torch
-from torch import Tensor
 
 from .core import BaseSolver, Formatter, distrib
 from .core.adversarial import AdversarialLoss
