@@ -5,7 +5,6 @@ The numbers of runs, of damaged files and of the seed may follow.
 
 import datetime
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -22,13 +21,6 @@ PAGE = Template((ROOT / "tests" / "reliability.md").read_text())
 def quantile(values: Sequence[float], part: float) -> float:
     """Return the value that this part of all values does not exceed."""
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]
-
-
-def cost() -> str:
-    """Return the tables of bench/RESULTS.md on what saves cost."""
-    results = (ROOT / "bench" / "RESULTS.md").read_text()
-    found = re.search(r"^## Goodput\n(.*?)(?=^## |\Z)", results, re.M | re.S)
-    return found[1].strip() if found else "See [the measurements](../bench/RESULTS.md)."
 
 
 def main(project: str, runs: str = "200", files: str = "2000", seed: str = "0") -> None:
@@ -54,7 +46,6 @@ def main(project: str, runs: str = "200", files: str = "2000", seed: str = "0") 
         most_seconds=f"{quantile(seconds, 0.99):.1f}",
         damaged=damage.table(found),
         controls=", ".join(name.removeprefix("checkpoint.") for name in controls.CONTROLS),
-        cost=cost(),
     )
     (DOCS / "reliability.md").write_text(page)
     lost = sum(result.outcome == faults.LOST for result in results)
