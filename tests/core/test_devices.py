@@ -1,0 +1,365 @@
+"""Runs on an accelerator: what waits for it, and what comes back to it.
+
+Each test runs in a process of its own, where the devices of `fake_accelerator` exist.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import TensorDataset
+
+from core import BaseSolver, checkpoint, distrib
+from core.checkpoint import Policy
+from core.data import loader
+from core.ema import EMA
+from core.stop import Stopped
+from core.utils import UserError
+
+from .. import fake_accelerator as fake
+from ..commands import ROOT, run
+
+PINNED = "".join(re.findall(r"^torch==(.*)", Path(ROOT, "constraints.txt").read_text(), re.M))
+pytestmark = pytest.mark.skipif(
+    torch.__version__.partition("+")[0] != PINNED,
+    reason=f"the fake accelerator uses private parts of PyTorch {PINNED}",
+)
+Test = Callable[..., None]
+
+
+def start(folder: Path, code: str, *packages: Path) -> str:
+    """Run code in a process with fake devices; return all that is said."""
+    path = os.pathsep.join(map(str, [*packages, ROOT]))
+    begin = "from tests import fake_accelerator as fake; fake.install()"
+    return run(folder, "-c", f"{begin}\n{code}", env=os.environ | {"PYTHONPATH": path})
+
+
+def on_fake_devices(test: Test) -> Test:
+    """Run a test in a process with fake devices. Its arguments besides the folder are literals."""
+
+    @wraps(test)
+    def started(tmp_path: Path, **options: Any) -> None:
+        given = "".join(f", {name}={value!r}" for name, value in options.items())
+        code = "from pathlib import Path; from tests.core import test_devices\n"
+        start(tmp_path, f"{code}test_devices.{test.__name__}.__wrapped__(Path.cwd(){given})")
+
+    return started
+
+
+class Trainer(BaseSolver):
+    """Trains a model with dropout on a device, and counts waits before each step."""
+
+    def __init__(self, folder: Path, device: str = "fake:0", stop: int = 0) -> None:
+        super().__init__(folder, Policy(minutes=0))
+        torch.manual_seed(0)
+        self.device = distrib.device(device)
+        layers = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1)
+        self.model = nn.Sequential(*layers).to(self.device)
+        self.optim = torch.optim.AdamW(self.model.parameters())
+        self.ema = EMA({"model": self.model}, 0.9)
+        self.register_stateful("model", "optim", "ema")
+        data = TensorDataset(torch.randn(48, 8))
+        self.loader = loader(data, 4, shuffle=True, pin_memory=True)
+        self.bad = self.updates = 0  # a step with a NaN, and steps so far in this process
+        self.stop = stop  # after this step
+        self.waits: list[int] = []  # since the first step of an epoch: before each, and at the end
+
+    def run(self, epochs: int = 2) -> None:
+        with self.running():
+            while self.epoch <= epochs:
+                self.run_stage("train", self.train)
+                self.commit()
+
+    def train(self) -> dict[str, float]:
+        steps = self.steps(self.loader, updates=3, every=0, finite=["loss"])
+        self.waits = []
+        with fake.syncs("MainThread") as seen:
+            for (batch,) in steps:
+                if not self.waits:
+                    seen.clear()  # a resume loads the state
+                self.waits.append(len(seen))
+                loss = self.model(batch.to(self.device, non_blocking=True)).pow(2).mean()
+                self.updates += 1
+                if self.updates == self.bad:
+                    loss = loss * float("nan")
+                self.optim.zero_grad()
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                steps.log({"loss": loss, "norm": norm})
+                self.optim.step()
+                self.ema.update()
+                if self.updates == self.stop:
+                    signal.raise_signal(signal.SIGTERM)
+            self.waits.append(len(seen))
+        return steps.metrics()
+
+
+# ----------------------------------------------------------------------------------------- waits
+
+
+@on_fake_devices
+def test_a_step_waits_for_nothing_and_a_progress_line_once(tmp_path: Path) -> None:
+    solver = Trainer(tmp_path)
+    with solver.running():
+        solver.run_stage("train", solver.train)
+        # There is a line after the steps 4, 8 and 12.
+        assert solver.waits == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
+        solver.commit()
+
+
+@on_fake_devices
+def test_points_of_curves_are_fetched_with_a_progress_line(tmp_path: Path) -> None:
+    class Curves(Trainer):
+        def train(self) -> dict[str, float]:
+            steps = self.steps(self.loader, updates=3, every=1)
+            for (batch,) in steps:
+                with fake.syncs() as seen:
+                    loss = self.model(batch.to(self.device, non_blocking=True)).pow(2).mean()
+                    steps.log({"loss": loss, "twice": 2 * loss})
+                assert not seen, seen[0]
+            return {}
+
+    solver = Curves(tmp_path)
+    with fake.syncs() as seen, solver.running():
+        solver.run_stage("train", solver.train)
+        assert len(seen) == 6, [*map(str, seen)]  # the averages and the points of three lines
+        solver.commit()
+
+
+@on_fake_devices
+def test_a_commit_waits_in_the_background_only(tmp_path: Path) -> None:
+    solver = Trainer(tmp_path)
+    with solver.running():
+        for _ in range(2):  # the second uses the memory of the first again
+            solver.run_stage("train", solver.train)
+            with fake.syncs() as seen:
+                with fake.syncs("MainThread") as ours:
+                    solver.commit()
+                    kept = {n: fake.peek(v).clone() for n, v in solver.model.state_dict().items()}
+                    with torch.no_grad():
+                        for parameter in solver.model.parameters():
+                            parameter.zero_()  # as the next step might, while the copies fly
+                checkpoint.wait_for_writes()
+            assert not ours, ours[0]
+            assert [sync.kind for sync in seen] == ["event"], [*map(str, seen)]
+            saved = checkpoint.read(solver.checkpoint_path)["model"]
+            assert all(torch.equal(saved[name], value) for name, value in kept.items())
+
+
+# ----------------------------------------------------------------------------------------- state
+
+
+def described(values: Any) -> Any:
+    """Return values with the device and the numbers of each tensor in its place."""
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        host = leaf if leaf.is_cpu else fake.peek(leaf)
+        return str(leaf.device), host.detach().tolist()
+
+    return tree_map(of, values)
+
+
+@on_fake_devices
+def test_a_run_stopped_within_an_epoch_is_the_whole_run(tmp_path: Path) -> None:
+    whole = Trainer(tmp_path / "whole")
+    whole.run()
+    with suppress(Stopped):
+        Trainer(tmp_path / "parts", stop=17).run()
+    resumed = Trainer(tmp_path / "parts")
+    torch.manual_seed(17)  # the numbers of another process
+    resumed.run()
+    assert (whole.updates, resumed.updates) == (24, 24 - 17)
+    assert described(resumed.state_dict()["model"]) == described(whole.state_dict()["model"])
+    assert described(resumed.optim.state_dict()) == described(whole.optim.state_dict())
+    assert described(resumed.ema.states) == described(whole.ema.states)
+    losses = [[epoch["train"]["loss"] for epoch in run.history] for run in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
+class Dice(BaseSolver):
+    """Adds numbers drawn on a device."""
+
+    def __init__(self, folder: Path, device: str, stop: int = 0) -> None:
+        super().__init__(folder)
+        self.stop = stop  # in the second epoch
+        self.device = distrib.device(device)
+        self.sum = torch.zeros(1, device=self.device)
+        self.register_stateful("sum")
+
+    def run(self) -> None:
+        with self.running():
+            while self.epoch <= 2:
+                self.run_stage("train", self.train)
+                self.commit()
+
+    def train(self) -> None:
+        for number in self.steps(range(4)):
+            self.sum += torch.rand(1, device=self.device)
+            if self.stop and (self.epoch, number) == (2, self.stop):
+                signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("device", ["fake", "fake:0"])
+@on_fake_devices
+def test_the_generator_of_the_device_in_use_is_state(tmp_path: Path, device: str) -> None:
+    torch.manual_seed(0)
+    whole = Dice(tmp_path / "whole", device)
+    whole.run()
+    torch.manual_seed(0)
+    with suppress(Stopped):
+        Dice(tmp_path / "parts", device, stop=2).run()
+    torch.manual_seed(1)
+    resumed = Dice(tmp_path / "parts", device)
+    resumed.run()
+    assert described(resumed.sum) == described(whole.sum)
+
+
+class Pair(NamedTuple):
+    """Two values."""
+
+    first: Any
+    second: Any
+
+
+class Values(BaseSolver):
+    """Holds each kind of value, on a device and on the host."""
+
+    def __init__(self, folder: Path, device: str, filled: bool = False) -> None:
+        super().__init__(folder)
+        self.model = nn.Linear(2, 1).to(device)
+        self.optim = torch.optim.AdamW(self.model.parameters(), amsgrad=True)
+        self.ema = EMA({"model": self.model})
+        self.weight = torch.zeros(2, device=device, requires_grad=True)
+        self.tensor, self.here = torch.zeros(2, device=device), torch.zeros(2)
+        self.list: list[Any] = []
+        self.dict: dict[str, Any] = {}
+        self.ordered: OrderedDict[str, Any] = OrderedDict()
+        self.lists: defaultdict[str, list[Any]] = defaultdict(list)
+        self.deque: deque[Any] = deque(maxlen=3)
+        self.pair, self.late = Pair(None, None), None
+        if filled:
+            self.fill(torch.device(device))
+        self.names = "model optim ema weight tensor here list dict ordered lists deque pair late"
+        self.register_stateful(*self.names.split())
+
+    def fill(self, device: torch.device) -> None:
+        self.model.weight.grad = torch.ones_like(self.model.weight)
+        self.optim.step()
+        self.optim.zero_grad()
+        for number, tensor in enumerate((self.weight, self.tensor, self.here)):
+            tensor.data.add_(number + 1.5)
+
+        def new(number: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.full((2,), number, dtype=dtype, device=device)
+
+        half = torch.bfloat16
+        self.list += [new(1), torch.ones(2), [new(2), (new(3, half), "text")], {4: new(4)}]
+        self.dict |= {"best": {"weight": new(5), "host": torch.ones(1)}, "none": None}
+        self.ordered["a"], self.ordered["shared"] = new(6), self.list[0]
+        self.lists["b"].append(new(7))
+        self.deque += [new(8), deque([new(9), Pair(new(10), 1)], 2), new(11, torch.int64)]
+        self.pair, self.late = Pair(new(12), [new(13)]), new(14)  # type: ignore[assignment]
+
+    def values(self) -> dict[str, Any]:
+        found = {name: getattr(self, name) for name in self.names.split()[3:]}
+        states = self.model.state_dict(), self.optim.state_dict(), self.ema.states
+        return found | dict(zip(("model", "optim", "ema"), states, strict=True))
+
+
+def save_values(folder: Path) -> Any:
+    solver = Values(folder, "fake:0", filled=True)
+    with solver.running():
+        with fake.syncs("MainThread") as seen:
+            solver.commit()
+        assert not seen, seen[0]
+    return described(solver.values())
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@on_fake_devices
+def test_each_kind_of_value_comes_back_to_its_device(tmp_path: Path, device: str) -> None:
+    saved = str(save_values(tmp_path)).replace("fake:0", device)
+    for read_only in (False, True):
+        solver = Values(tmp_path, device)
+        assert solver.restore(read_only=read_only)
+        assert str(described(solver.values())) == saved
+        kinds = [type(value) for value in (solver.lists, solver.deque, solver.pair)]
+        assert kinds == [defaultdict, deque, Pair]
+        assert solver.deque.maxlen == 3
+
+
+def test_values_of_a_device_can_be_read_without(tmp_path: Path) -> None:
+    code = "from pathlib import Path; from tests.core import test_devices\n"
+    start(tmp_path, code + "test_devices.save_values(Path.cwd())")
+    state = torch.load(tmp_path / "checkpoint.th", weights_only=True)
+    assert all(tensor.is_cpu for tensor in tree_leaves(state) if torch.is_tensor(tensor))
+    assert isinstance(state["model"]["weight"], torch.Tensor)  # of modules there are no marks
+    solver = Values(tmp_path, "cpu")
+    assert solver.restore(read_only=True)
+    assert described(solver.dict["best"]) == {"weight": ("cpu", [5, 5]), "host": ("cpu", [1])}
+    tensors = [leaf for leaf in tree_leaves(solver.values()) if torch.is_tensor(leaf)]
+    assert all(tensor.is_cpu for tensor in tensors)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@on_fake_devices
+def test_the_current_device_is_not_that_of_the_tensors(tmp_path: Path, current: int) -> None:
+    class Two(BaseSolver):
+        def __init__(self) -> None:
+            super().__init__(tmp_path)
+            self.tensors = [torch.full((3,), 1.5, device=f"fake:{index}") for index in (0, 1)]
+            self.register_stateful("tensors")
+
+    solver = Two()
+    torch.accelerator.set_device_index(current)
+    with solver.running():
+        solver.commit()
+        checkpoint.wait_for_writes()
+        assert torch.accelerator.current_device_index() == current
+    state = checkpoint.read(solver.checkpoint_path)["tensors"]
+    found = [leaf.tolist() for leaf in tree_leaves(state) if torch.is_tensor(leaf)]
+    assert found == 2 * [3 * [1.5]], found
+
+
+# -------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("stop", [0, 17])
+@pytest.mark.parametrize("bad", [16, 17, 24])  # before a line, before a stop, the last one
+@on_fake_devices
+def test_no_step_with_a_nan_is_saved(tmp_path: Path, bad: int, stop: int) -> None:
+    solver = Trainer(tmp_path, stop=stop)
+    solver.bad = bad
+    found = ""
+    try:
+        solver.run()
+    except Stopped:
+        assert bad > stop
+    except RuntimeError as error:
+        found = f"{error}\n{error.__cause__}"
+    named = f"loss is NaN or infinite in step {bad - 12} of train, rank 0" in found
+    assert named != (bad > stop > 0)
+    assert solver.waits == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2][: len(solver.waits)]
+    with suppress(UserError):
+        checkpoint.wait_for_writes()
+    fake.device.failed = ""  # as in another process
+    saved = checkpoint.read(solver.checkpoint_path)
+    tensors = [leaf for leaf in tree_leaves(saved) if torch.is_tensor(leaf)]
+    assert all(tensor.isfinite().all() for tensor in tensors)
+    again = Trainer(tmp_path)
+    again.run()
+    assert again.updates == 24 - (stop if bad > stop > 0 else 12)
