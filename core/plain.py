@@ -75,18 +75,30 @@ def to_plain(
     raise TypeError(f"{name} is a {kind.__qualname__}: a checkpoint holds no such values")
 
 
-def from_plain(value: Any) -> Any:
-    """Return a value as it was before `to_plain(exact=True)`; UserError if its type is gone."""
+def on_device(tensor: torch.Tensor) -> Any:
+    """Mark a tensor of an accelerator, for `from_plain` to bring it back to one: a `copy`."""
+    return tensor if tensor.is_cpu else _with_mark("tensor", tensor, "accelerator")
+
+
+def from_plain(value: Any, device: torch.device | None = None) -> Any:
+    """Return a value as it was before `to_plain(exact=True)`; UserError if its type is gone.
+
+    Args:
+        value: such as a state.
+        device: of the tensors that `on_device` has marked; where they are by default.
+    """
     kind = type(value)
     if kind in SEQUENCES:
-        return kind(map(from_plain, value))
+        return kind(from_plain(part, device) for part in value)
     if kind not in MAPPINGS:
         return value
-    new = kind({from_plain(key): from_plain(part) for key, part in value.items()})
+    new = kind({from_plain(key): from_plain(part, device) for key, part in value.items()})
     if kind is OrderedDict:
         vars(new).update(vars(value))
         if (about := vars(value).get("mark")) is not None:
             [(label, plain)] = new.items()
+            if label == "tensor":
+                return plain.to(device or plain.device)
             try:
                 return CONVERSIONS[label].set(about, plain)
             except Exception as error:
@@ -96,14 +108,19 @@ def from_plain(value: Any) -> Any:
 
 def _marked(label: str, value: Any, converted: Any, name: str) -> Any:
     """Mark a converted value; TypeError if the way back does not lead to its type."""
-    marked: Any = OrderedDict({label: converted})
-    marked.mark = CONVERSIONS[label].about(value)
+    marked = _with_mark(label, converted, CONVERSIONS[label].about(value))
     with suppress(UserError):
         found = from_plain(marked)
         same_unit = getattr(found, "dtype", None) == getattr(value, "dtype", None)
         if type(found) is type(value) and same_unit:
             return marked
     raise TypeError(f"{name} is a {type(value).__qualname__}: a checkpoint can't give it back")
+
+
+def _with_mark(label: str, plain: Any, about: str) -> Any:
+    marked: Any = OrderedDict({label: plain})
+    marked.mark = about
+    return marked
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from . import checkpoint, distrib, versions
 from .checkpoint import Cursor, Policy, Writer
 from .modules import lending, lent
-from .plain import to_plain
+from .plain import from_plain, to_plain
 from .replicas import add_own
 from .results import Logs
 from .rng import get_rng_state, position, set_rng_state
@@ -286,7 +286,7 @@ class BaseSolver(Logs):
         self.__wait()  # so that all ranks read the same files
         state = versions.read_version(self.checkpoint_path, version)
         modules = self.stateful.values(nn.Module)
-        with lent(modules, {name: state[name] for name in modules.keys() & state}):
+        with lent(modules, {name: from_plain(state[name]) for name in modules.keys() & state}):
             yield
 
     def _start_epoch(self) -> None:

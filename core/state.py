@@ -27,7 +27,7 @@ from .modules import (
     other_shape,
     shard_like,
 )
-from .plain import from_plain, to_plain
+from .plain import from_plain, on_device, to_plain
 from .utils import Accumulation, UserError
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class Adapter:
         get: return the state of a value.
         set: restore a value in place; with `replaces`, return a new value instead.
         fit: return the fitting part of a state, and the problems with the rest.
+        marks: mark tensors of an accelerator in the state, to come back to one.
     """
 
     matches: Callable[[Any], bool]
@@ -66,6 +67,7 @@ class Adapter:
     set: Callable[[Any, Any], Any] = lambda value, state: value.load_state_dict(state)
     fit: Callable[[Any, Any, str], tuple[Any, Problems]] = fit
     replaces: bool = False
+    marks: bool = False
 
 
 # -------------------------------------------------------------------------------------- adapters
@@ -136,8 +138,8 @@ KINDS = [
     Adapter(lambda v: isinstance(v, Optimizer), set=_load_optimizer, fit=_fit_optimizer),
     Adapter(lambda v: hasattr(v, "state_dict") and hasattr(v, "load_state_dict")),
     Adapter(_is_trained, lambda v: v, _set_parameter, _fit_parameter),
-    Adapter(lambda v: isinstance(v, (list, dict, deque)), _contents, _refill),
-    Adapter(lambda v: True, lambda v: v, _replace, replaces=True),
+    Adapter(lambda v: isinstance(v, (list, dict, deque)), _contents, _refill, marks=True),
+    Adapter(lambda v: True, lambda v: v, _replace, replaces=True, marks=True),
 ]
 
 
@@ -162,13 +164,14 @@ class AttributeWrapper:
             raise AttributeError(f"can't register {self.name!r} as state: {error}") from None
 
     @property
-    def _adapter(self) -> Adapter:
+    def adapter(self) -> Adapter:
+        """The adapter of the value's kind."""
         return next(kind for kind in KINDS if kind.matches(self.value))
 
     def state_dict(self) -> Any:
         """Return the state; of later changes, only tensors' show in the state."""
         value = self.value
-        state = self._adapter.get(value)
+        state = self.adapter.get(value)
         if type(state) in (dict, OrderedDict) and not isinstance(value, dict):
             about = getattr(state, "__dict__", {}) | {"owner": type(value).__name__}
             vars(state := OrderedDict(state)).update(about)
@@ -176,7 +179,7 @@ class AttributeWrapper:
 
     def load_state_dict(self, state: Any) -> None:
         """Restore the attribute, in place where possible."""
-        adapter = self._adapter
+        adapter = self.adapter
         new = adapter.set(self.value, state)
         if adapter.replaces:
             path, _, last = self.name.rpartition(".")
@@ -184,7 +187,7 @@ class AttributeWrapper:
 
     def fit_state(self, state: Any, name: str) -> tuple[Any, Problems]:
         """Return the fitting part of a state, and the problems with the rest."""
-        adapter, own = self._adapter, self.state_dict()
+        adapter, own = self.adapter, self.state_dict()
         if not adapter.replaces and isinstance(own, dict) != isinstance(state, dict):
             kinds = f"{type(state).__name__} in the checkpoint, {type(own).__name__} here"
             return own, [f"{name}: {kinds}"]
@@ -234,7 +237,9 @@ class StateManager:
             except Exception as error:
                 error.add_note(f"raised by the state of {name}")
                 raise
-            states[name] = to_plain(state, name, exact=not isinstance(source, WriteOnlyWrapper))
+            marks = isinstance(source, AttributeWrapper) and source.adapter.marks
+            mark = on_device if marks else lambda tensor: tensor
+            states[name] = to_plain(state, name, mark, not isinstance(source, WriteOnlyWrapper))
         return states
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -262,11 +267,17 @@ class StateManager:
             logger.warning("Skipped, for it differs in the checkpoint: %s", "; ".join(problems))
 
     def fitting(self, state: Mapping[str, Any]) -> tuple[StateDict, Problems]:
-        """Return the fitting part of a state, and the problems with the rest."""
+        """Return the fitting part of a state, and the problems with the rest.
+
+        Marked tensors come to the accelerator of the registered weights, if those are on one.
+        """
         usable: StateDict = {}
         differ: Problems = []
+        held = [*self.values(torch.Tensor).values()]
+        held += [p for module in self.values(nn.Module).values() for p in module.parameters()]
+        home = next((tensor.device for tensor in held if not tensor.is_cpu), None)
         for name in (name for name in self.sources if name in state):
-            usable[name], found = fit(self.sources[name], from_plain(state[name]), name)
+            usable[name], found = fit(self.sources[name], from_plain(state[name], home), name)
             differ += found
         for name in usable.keys() & self.values(Optimizer) if differ else ():
             differ.append(f"{name}: of other weights")

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from pathlib import Path
 
 from . import checkpoint
-from .plain import from_plain
 from .state import StateDict, StateManager
 from .utils import UserError
 
@@ -17,7 +16,7 @@ logger = logging.getLogger(__name__)
 def read_version(path: Path, version: str) -> StateDict:
     """Read the states of the `latest` commit of a run, its `best`, or the `latest` with its `ema`.
 
-    UserError if there is no such version.
+    They are as in the file: see `from_plain`. UserError if there is no such version.
     """
     state = _best(path) if version == "best" else checkpoint.load(path, read_only=True)
     if state is None:
@@ -34,7 +33,7 @@ def read_version(path: Path, version: str) -> StateDict:
             state[name].update(averages[name])  # keeps the versions of the modules
     elif version not in ("latest", "best"):
         raise UserError(f"version {version!r}: there are latest, best and ema")
-    return {n: from_plain(s) for n, s in state.items() if n not in ("checkpoint", "rng")}
+    return {n: s for n, s in state.items() if n not in ("checkpoint", "rng")}
 
 
 def _best(path: Path) -> StateDict | None:

@@ -289,7 +289,7 @@ def save_values(folder: Path) -> Any:
     return described(solver.values())
 
 
-@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("device", ["fake:0", "fake:1", "cpu"])
 @on_fake_devices
 def test_each_kind_of_value_comes_back_to_its_device(tmp_path: Path, device: str) -> None:
     saved = str(save_values(tmp_path)).replace("fake:0", device)
