@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from . import distrib
+from .rng import accelerator
 from .run import XP
 from .utils import flatten, write_and_rename
 
@@ -83,11 +84,9 @@ def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
 
 def device_name() -> str:
     """Return the name of the accelerator, or `cpu` if none is in use."""
-    device = distrib.device()
-    module = torch.get_device_module(device)
-    if not getattr(module, "is_initialized", lambda: True)():  # to ask for its name would do so
+    if (module := accelerator()) is None:
         return "cpu"
-    return str(getattr(module, "get_device_name", str)(device))
+    return str(getattr(module, "get_device_name", torch.accelerator.current_accelerator)())
 
 
 def read_versions() -> dict[str, str]:

@@ -61,7 +61,7 @@ def get_rng_state() -> dict[str, Any]:
     numpy = np.random.get_state(legacy=False)
     numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
     state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
-    device = _device()
+    device = accelerator()
     return state | {"device": device.get_rng_state() if device else None}
 
 
@@ -72,12 +72,12 @@ def set_rng_state(state: dict[str, Any]) -> None:
     key = numpy["state"]["key"].numpy().astype(np.uint32)
     np.random.set_state(numpy | {"state": numpy["state"] | {"key": key}})
     torch.set_rng_state(state["torch"])
-    device = _device()
+    device = accelerator()
     if state["device"] is not None and device:
         device.set_rng_state(state["device"])
 
 
-def _device() -> Any:
+def accelerator() -> Any:
     """Return the module of the accelerator in use, such as `torch.cuda`, if any."""
     device = torch.accelerator.current_accelerator()
     if device is None:

@@ -136,7 +136,7 @@ class _Device:
     """The state of all fake devices: the one object that changes."""
 
     def __init__(self) -> None:
-        self.installed = self.forked = False
+        self.installed = self.started = self.forked = False
         self.libraries: list[torch.library.Library] = []  # alive as long as their operators
         self.listeners: list[tuple[list[Sync], str]] = []
         self.flying: list[_Copy] = []
@@ -271,6 +271,7 @@ def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
     schema, name = op._schema, op._schema.name.removeprefix("aten::")
     if device.forked:
         raise DeviceError(f"{name}: the device can't be used in a forked process")
+    device.started = True
     if name in VIEWS or name.startswith("set_"):
         return op.redispatch(CPU_KERNELS, *args, **kwargs)
     if name in ("_copy_from", "_copy_from_and_resize"):
@@ -391,7 +392,7 @@ class Module:
         return True
 
     def is_initialized(self) -> bool:
-        return True
+        return device.started
 
     def _is_in_bad_fork(self) -> bool:
         return device.forked
@@ -403,7 +404,7 @@ class Module:
         return device.current
 
     def set_device(self, where: Any) -> None:
-        device.here.index = _index(where)
+        device.started, device.here.index = True, _index(where)
 
     def current_stream(self, where: Any = None) -> Stream:
         return Stream(_index(where))

@@ -43,7 +43,6 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
     if backend == "nccl" and ours.type != "cuda":
         raise UserError("backend nccl needs CUDA, which is not available: use gloo")
     if ours.type != "cpu":
-        torch.accelerator.set_device_index(ours.index)
         if backend in (None, "nccl"):  # objects travel between CPUs, and never wait for a device
             backend = f"cpu:gloo,{ours.type}:{dist.get_default_backend_for_device(ours)}"
     elif "OMP_NUM_THREADS" not in os.environ:

@@ -51,16 +51,19 @@ def rank_zero_only(function: Callable[..., T]) -> Callable[..., T | None]:
 
 
 def device(name: str = "auto") -> torch.device:
-    """Return this process's device.
+    """Return this process's device; an accelerator becomes the current one, with its generator.
 
     Args:
-        name: `auto` (the accelerator, if any), or a device such as `cuda` or `cpu`.
+        name: `auto` (the accelerator, if any), or a device such as `cuda`, `cuda:1` or `cpu`.
     """
     found = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "auto":
         name = "cpu" if found == "mps" and is_distributed() else found  # no collectives there
     if name.partition(":")[0] not in ("cpu", found):
         raise UserError(f"device={name}: not available here; use device=cpu or auto")
-    if name.startswith("cpu") or ":" in name:
+    if name.startswith("cpu"):
         return torch.device(name)
-    return torch.device(found, launched("LOCAL_RANK", rank()) % torch.accelerator.device_count())
+    number = launched("LOCAL_RANK", rank()) % torch.accelerator.device_count()
+    ours = torch.device(name if ":" in name else f"{found}:{number}")
+    torch.accelerator.set_device_index(ours.index)
+    return ours

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import TensorDataset
 
-from core import BaseSolver, checkpoint, distrib
+from core import BaseSolver, checkpoint, distrib, provenance, rng
 from core.checkpoint import Policy
 from core.data import loader
 from core.ema import EMA
@@ -213,7 +213,7 @@ class Dice(BaseSolver):
                 signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("device", ["fake", "fake:0"])
+@pytest.mark.parametrize("device", ["fake", "fake:0", "fake:1"])
 @on_fake_devices
 def test_the_generator_of_the_device_in_use_is_state(tmp_path: Path, device: str) -> None:
     torch.manual_seed(0)
@@ -226,6 +226,16 @@ def test_the_generator_of_the_device_in_use_is_state(tmp_path: Path, device: str
     resumed = Dice(tmp_path / "parts", device)
     resumed.run()
     assert described(resumed.sum) == described(whole.sum)
+
+
+@on_fake_devices
+def test_a_run_on_the_cpu_starts_no_device(tmp_path: Path) -> None:
+    solver = Dice(tmp_path, "cpu")
+    solver.run()
+    assert not torch.get_device_module("fake").is_initialized()
+    assert (provenance.device_name(), rng.get_rng_state()["device"]) == ("cpu", None)
+    assert distrib.device().index == 0
+    assert (provenance.device_name(), rng.accelerator() is None) == ("fake", False)
 
 
 class Pair(NamedTuple):
