@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset, get_worker_info
 
 from . import distrib, workers
-from .rng import Position, derive_seed, position
+from .rng import Position, accelerator, derive_seed, position
 from .utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def loader(
 
     Args:
         dataset: map-style, such as a `Dataset` or a list, or iterable.
-        args, kwargs: of `klass` after the dataset; the batch size is per rank.
+        args, kwargs: of `klass` after the dataset; batch size per rank, memory pinned on a GPU.
         klass: `torch.utils.data.DataLoader`, or a class with the same arguments.
         seed: of the order, and of the random numbers drawn in workers.
         updates_per_epoch: batches in an epoch, from an endless sequence of shuffled datasets.
@@ -78,8 +78,8 @@ def loader(
         examples = updates_per_epoch and updates_per_epoch * batch
         multiple, kind = batch if kwargs.get("drop_last") else 1, sampler or EpochSampler
         kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples, multiple)
-    # A generator of its own keeps the loader from drawing on the global one.
-    kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
+    kwargs.setdefault("generator", torch.Generator().manual_seed(seed))  # else the global one
+    kwargs.setdefault("pin_memory", accelerator() not in (None, torch.mps))
     return klass(dataset, *args, **workers.options(seed, kwargs))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from core.utils import UserError
 
 from .. import fake_accelerator as fake
 from ..commands import ROOT, run
+from ..conftest import Copy
 
 PINNED = "".join(re.findall(r"^torch==(.*)", Path(ROOT, "constraints.txt").read_text(), re.M))
 pytestmark = pytest.mark.skipif(
@@ -39,11 +41,10 @@ pytestmark = pytest.mark.skipif(
 Test = Callable[..., None]
 
 
-def start(folder: Path, code: str, *packages: Path) -> str:
-    """Run code in a process with fake devices; return all that is said."""
-    path = os.pathsep.join(map(str, [*packages, ROOT]))
+def start(folder: Path, code: str) -> None:
+    """Run code in a process with fake devices."""
     begin = "from tests import fake_accelerator as fake; fake.install()"
-    return run(folder, "-c", f"{begin}\n{code}", env=os.environ | {"PYTHONPATH": path})
+    run(folder, "-c", f"{begin}\n{code}", env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def on_fake_devices(test: Test) -> Test:
@@ -71,7 +72,7 @@ class Trainer(BaseSolver):
         self.ema = EMA({"model": self.model}, 0.9)
         self.register_stateful("model", "optim", "ema")
         data = TensorDataset(torch.randn(48, 8))
-        self.loader = loader(data, 4, shuffle=True, pin_memory=True)
+        self.loader = loader(data, 4, shuffle=True)
         self.bad = self.updates = 0  # a step with a NaN, and steps so far in this process
         self.stop = stop  # after this step
         self.waits: list[int] = []  # since the first step of an epoch: before each, and at the end
@@ -234,7 +235,10 @@ def test_a_run_on_the_cpu_starts_no_device(tmp_path: Path) -> None:
     solver.run()
     assert not torch.get_device_module("fake").is_initialized()
     assert (provenance.device_name(), rng.get_rng_state()["device"]) == ("cpu", None)
+    assert not loader([1]).pin_memory
     assert distrib.device().index == 0
+    assert loader([1]).pin_memory
+    assert not loader([1], pin_memory=False).pin_memory
     assert (provenance.device_name(), rng.accelerator() is None) == ("fake", False)
 
 
@@ -373,3 +377,47 @@ def test_no_step_with_a_nan_is_saved(tmp_path: Path, bad: int, stop: int) -> Non
     again = Trainer(tmp_path)
     again.run()
     assert again.updates == 24 - (stop if bad > stop > 0 else 12)
+
+
+# -------------------------------------------------------------------------------------- examples
+
+# A stage trains without lines; its averages are read once, at the end.
+TRAIN = """
+import fake_accelerator as fake
+fake.install()
+from my_research.train import main
+from my_research.solver import Solver
+xp = main.get_xp(OVERRIDES)
+main.init_xp(xp)
+solver = Solver(xp.cfg, xp)
+assert str(solver.device) == "fake:0", solver.device
+
+def train():
+    with fake.syncs("MainThread") as seen:
+        metrics = solver.train()
+    assert len(seen) == 1, "\\n".join(map(str, seen))
+    return metrics
+
+with solver.running():
+    solver.run_stage("train", train)
+    solver.run_stage("valid", solver.valid)
+    solver.commit()
+print("trained")
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("example", ["digits", "basic", "text", "adversarial"])
+def test_no_training_step_of_an_example_waits(
+    example: str, workers: int, copy: Copy, tmp_path: Path
+) -> None:
+    project = copy(tmp_path, example=example, tracker="none")
+    options = ["log_updates=0"]
+    if example == "basic":
+        if workers:
+            pytest.skip("it has no data")
+    else:
+        options += ["log_every=0", "debug=limit", f"data.num_workers={workers}"]
+    shutil.copy(fake.__file__, project)  # whose own tests hide ours
+    said = run(project, "-c", TRAIN.replace("OVERRIDES", repr(options)))
+    assert said.endswith("trained\n")

@@ -57,7 +57,8 @@ class Solver(BaseSolver):
         )
         for (real,) in steps:  # [B, 1, 8, 8]
             fake = self.model(torch.randn(len(real), self.cfg.model.noise, device=self.device))
-            adversary_loss = self.adversarial.train_adv(fake, real.to(self.device))
+            real = real.to(self.device, non_blocking=True)
+            adversary_loss = self.adversarial.train_adv(fake, real)
             loss = self.adversarial(fake)
             with distrib.eager_sync_model(self.model):  # averages gradients over processes
                 loss.backward()

@@ -110,7 +110,7 @@ class Solver(BaseSolver):
 
     def predict(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch, `[B, C, H, W]` and `[B]`, and 1.0 for each right answer."""
-        images, labels = images.to(self.device), labels.to(self.device)
+        images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.optim.bf16):
             logits = self.model(images)
             loss = F.cross_entropy(logits, labels)

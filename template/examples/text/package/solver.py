@@ -97,7 +97,7 @@ class Solver(BaseSolver):
 
     def loss(self, stretches: Tensor) -> Tensor:
         """Return the loss of a batch, `[B, T + 1]`, whose last characters are only predicted."""
-        stretches = stretches.to(self.device)
+        stretches = stretches.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.optim.bf16):
             logits = self.model(stretches[:, :-1])
             return F.cross_entropy(logits.flatten(0, 1), stretches[:, 1:].flatten())
