@@ -21,6 +21,7 @@ SUBJECTS = [
     "steps",
     "sync",
     "checkpoint",
+    "goodput",
     "startup",
     "history",
     "memory",
