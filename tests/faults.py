@@ -369,7 +369,7 @@ def of_another_run(run: Run, rng: random.Random) -> Mend:
     return mend
 
 
-def clock_jumped(run: Run, rng: random.Random) -> None:
+def file_times_jumped(run: Run, rng: random.Random) -> None:
     run.interrupt(rng.randint(1, 4))
     for path in run.folder.rglob("*"):
         years = rng.uniform(-30, 30)
@@ -460,7 +460,7 @@ FAULTS: dict[Fault, set[str]] = {
     any_file_damaged: {WARNED, EXACT},
     older_in_place_of_the_newest: {WARNED, EXACT},
     of_another_run: {REFUSED},
-    clock_jumped: {EXACT},
+    file_times_jumped: {EXACT},
     all_damaged: {REFUSED},
     disk_full: {EXACT},
     folder_read_only: {REFUSED},
