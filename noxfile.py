@@ -170,7 +170,8 @@ def faults(session: nox.Session) -> None:
     python = shared(session)
     with tempfile.TemporaryDirectory() as folder:
         project = render(session, Path(folder), python)
-        session.run(python, "-m", "tests.reliability", str(project), *session.posargs)
+        kept = str(CACHE / "faults")  # results of earlier sittings
+        session.run(python, "-m", "tests.reliability", str(project), kept, *session.posargs)
 
 
 @nox.session

@@ -1,15 +1,19 @@
-"""Write docs/reliability.md: `nox -s faults`, or `python -m tests.reliability PROJECT`.
+"""Write docs/reliability.md: `nox -s faults`, or `python -m tests.reliability PROJECT FOLDER`.
 
-The numbers of runs, of damaged files and of the seed may follow.
+The numbers of runs, of damaged files and of the seed may follow. A large campaign takes several
+sittings, each with a seed of its own: the folder keeps their results, and the page has all.
 """
 
 import datetime
+import json
 import os
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from . import controls, damage, faults
 from .blocks import DOCS
@@ -23,21 +27,38 @@ def quantile(values: Sequence[float], part: float) -> float:
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]
 
 
-def main(project: str, runs: str = "200", files: str = "2000", seed: str = "0") -> None:
-    """Break so many runs, damage so many files, leave out each entry, and write the page."""
+def sit(project: Path, runs: int, files: int, seed: int) -> dict[str, Any]:
+    """Break so many runs, damage so many files, leave out each entry; return what was found."""
     begin = time.monotonic()
-    campaign = faults.Campaign(Path(project), Path(project).parent / "runs", int(seed))
-    results = faults.break_runs(campaign, int(runs))
-    found = damage.campaign(int(files), int(seed))
+    campaign = faults.Campaign(project, project.parent / "runs", seed)
+    results = faults.break_runs(campaign, runs)
+    found = damage.campaign(files, seed)
     missed = [name for name in controls.CONTROLS if not controls.notices(campaign, name)]
+    minutes = round((time.monotonic() - begin) / 60)
+    about = {"seed": seed, "date": datetime.date.today().isoformat(), "minutes": minutes}
+    return about | {"runs": [*map(vars, results)], "files": found, "missed": missed}
+
+
+def main(project: str, folder: str, runs: str = "200", files: str = "2000", seed: str = "0") -> None:
+    """Hold a sitting of a campaign, keep its results in a folder, and write the page from all."""
+    new = sit(Path(project), int(runs), int(files), int(seed))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, f"{seed}.json").write_text(json.dumps(new))
+    sittings = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+    results = [faults.Result(**result) for sitting in sittings for result in sitting["runs"]]
+    days = sorted(sitting["date"] for sitting in sittings)
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for sitting in sittings:
+        for name, counts in sitting["files"].items():
+            found[name] += Counter(counts)
     killed = [result for result in results if "kill" in result.fault]
     repeated, seconds = ([getattr(r, name) for r in killed] for name in ("repeated", "seconds"))
     page = PAGE.substitute(
         runs=len(results),
-        files=files,
-        seed=seed,
-        date=f"{datetime.date.today():%-d %B %Y}",
-        minutes=round((time.monotonic() - begin) / 60),
+        files=sum(counts.total() for counts in found.values()),
+        seeds=", ".join(str(sitting["seed"]) for sitting in sittings),
+        dates=" to ".join(dict.fromkeys((days[0], days[-1]))),
+        minutes=sum(sitting["minutes"] for sitting in sittings),
         cores=os.cpu_count(),
         broken=faults.table(results),
         repeated=quantile(repeated, 0.5),
@@ -50,6 +71,7 @@ def main(project: str, runs: str = "200", files: str = "2000", seed: str = "0") 
     (DOCS / "reliability.md").write_text(page)
     lost = sum(result.outcome == faults.LOST for result in results)
     lost += sum(counts[damage.LOST] for counts in found.values())
+    missed = new["missed"]
     sys.exit(f"lost silently: {lost}; not noticed: {missed}" if lost or missed else 0)
 
 
