@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from . import distrib
+from .modules import gathered
 from .plain import to_plain
 from .replicas import restore_own
 from .state import StateDict
@@ -57,6 +58,7 @@ class Policy:
         best: keep the commit with the best value of a metric, as in `max valid.acc`, too.
         minutes: save within an epoch as well, when this time has passed; 0 for never.
         background: write while the training continues; costs host memory for a second state.
+        sharded: let each rank write its shards of a model under `fully_shard`, into a folder.
     """
 
     last: int = 2
@@ -64,6 +66,7 @@ class Policy:
     best: str = ""
     minutes: float = 10.0
     background: bool = True
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         wrong = self.last < 1 or self.every < 0 or self.minutes < 0
@@ -114,17 +117,36 @@ class Writer:
     """A background writer of states, one at a time, from a copy in host memory.
 
     The memory of a copy is used again for the next state, as new memory takes time.
+
+    Args:
+        shards: folder for sharded tensors; by default rank zero gathers one after the other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shards: Path | None = None) -> None:
+        self._folder = shards
         self._copies: dict[Any, torch.Tensor] = {}
         self._pending: Future[None] | None = None
 
     def submit(self, state: StateDict, write: Callable[[StateDict], None]) -> None:
-        """Copy the state, then call `write` with the copy in the background."""
+        """Copy the state, then call `write` with the copy in the background, on rank zero.
+
+        All ranks must take part.
+        """
         self.wait()
         spare, self._copies = self._copies, {}
         sources: list[torch.Tensor] = []  # alive until all are copied, or two may share an address
+        shards: Any = None
+        if self._folder is not None and distrib.is_distributed():
+            from .sharded import Shards  # the import takes long
+
+            shards = Shards(self._folder)
+
+        def part(tensor: Any, name: str) -> Any:
+            if not hasattr(tensor, "placements"):
+                return copy(tensor) if distrib.is_rank_zero() else tensor
+            if shards is None:
+                return gathered(tensor)
+            return shards.add(name, tensor, copy(tensor.to_local()))
 
         def copy(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.layout != torch.strided:  # such as a sparse one
@@ -139,7 +161,7 @@ class Writer:
                 self._copies[key] = spare[key].copy_(tensor.detach(), non_blocking=pin)
             return self._copies[key]
 
-        copied = to_plain(state, copy=copy)
+        copied = to_plain(state, copy=part)
         devices = {tensor.device for tensor in sources if not tensor.is_cpu}
         ends = [torch.accelerator.current_stream(device).record_event() for device in devices]
 
@@ -147,7 +169,10 @@ class Writer:
             time.sleep(0.005)  # else Python lets this thread run first, and the training waits
             for end in ends:
                 end.synchronize()
-            write(copied)
+            if shards is not None:
+                copied["shards"] = shards.write()
+            if distrib.is_rank_zero():
+                write(copied)
 
         self._pending = _threads.submit(work)
 
@@ -209,6 +234,10 @@ def save(
         ) from error
     if is_commit:
         _prune(path, history, policy, best)
+    if any(path.parent.glob("shards.*")):
+        from .sharded import prune
+
+        prune(path.parent)
 
 
 def older(path: Path) -> dict[int, Path]:
@@ -254,9 +283,8 @@ def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy, best: 
     recent = [epoch for epoch in files if epoch < len(history)][::-1][: policy.last - 1]
     wanted = {best, *recent, *(e for e in files if policy.every and e % policy.every == 0)}
     if policy.best and best is None:
-        known = ", ".join(flatten(history[-1] if history else {}))
         note = "The best checkpoint is not kept: no epoch has a number for %s; there are %s"
-        logger.warning(note, policy.best, known)
+        logger.warning(note, policy.best, ", ".join(flatten(history[-1] if history else {})))
     for epoch in files.keys() - wanted:
         files[epoch].unlink()
 
@@ -267,8 +295,9 @@ def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy, best: 
 def load(path: Path, read_only: bool = False) -> StateDict | None:
     """Read the latest whole checkpoint; all ranks must take part.
 
-    Tensors come to the CPU. Nothing in a file is executed. A damaged file is set aside under
-    another name, never deleted, as soon as an older file can be resumed from.
+    Tensors are on the CPU, in memory that is mapped to the file. Nothing in a file is executed. A
+    damaged file is set aside under another name, never deleted, as soon as an older file can be
+    resumed from.
 
     Args:
         path: of the latest.
@@ -284,7 +313,7 @@ def load(path: Path, read_only: bool = False) -> StateDict | None:
     with distrib.raised_everywhere():
         found, state = _newest(path, read_only) if distrib.is_rank_zero() else (None, None)
     found = distrib.broadcast_object(found)
-    return read(found) if found is not None and state is None else state
+    return _open(found) if found is not None and state is None else state
 
 
 def _newest(path: Path, read_only: bool) -> tuple[Path | None, StateDict | None]:
@@ -295,7 +324,7 @@ def _newest(path: Path, read_only: bool) -> tuple[Path | None, StateDict | None]
             paths.append(paths.pop(0))
     for candidate in filter(Path.exists, paths):
         try:
-            state = read(candidate)
+            state = read(candidate, mmap=True)
         except (OSError, MemoryError, CheckpointError) as error:
             raise CheckpointError(f"{candidate} can't be read: {error}") from error
         except Exception as error:
@@ -312,21 +341,29 @@ def _newest(path: Path, read_only: bool) -> tuple[Path | None, StateDict | None]
     return None, None
 
 
-def read(path: Path) -> StateDict:
-    """Read and verify one checkpoint file; any damage raises.
+def read(path: Path, mmap: bool = False) -> StateDict:
+    """Read and verify one checkpoint file, into mapped memory with `mmap`; any damage raises.
 
     `torch.load` does not notice flipped bits, but the checksums of the zip archive tell.
     """
     with zipfile.ZipFile(path) as archive:
         if (bad := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"checksum of {bad} does not match")
-    state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    return _open(path, mmap, verify=True)
+
+
+def _open(path: Path, mmap: bool = True, verify: bool = False) -> StateDict:
+    state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(state, dict) or not {"checkpoint", "history"} & state.keys():
         raise ValueError("not a checkpoint of this project")
     if (found := state.get("checkpoint", {}).get("format", FORMAT)) > FORMAT:
         raise CheckpointError(
             f"format {found} is newer than this code, which knows {FORMAT}: update the core"
         )
+    if "shards" in state:
+        from .sharded import attach
+
+        attach(state, path.parent, verify)
     return state
 
 
@@ -356,6 +393,6 @@ def pop_cursor(state: StateDict) -> Cursor:
 def read_about(path: Path) -> Mapping[str, Any]:
     """Return the entry `checkpoint` of a file, unverified."""
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Without an entry, a commit by the user's own code.
     own = {"epoch": len(state.get("history", ())), "commit": True, "best": None}
-    about: Mapping[str, Any] = state.get("checkpoint", own)  # without one: of a commit by a user
-    return about
+    return state.get("checkpoint", own)  # type: ignore[no-any-return]

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from . import distrib
+
 
 def module_state(module: nn.Module) -> dict[str, Any]:
     """Return the state of a module, by the names it has without compiling and DDP."""
@@ -27,6 +29,8 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     state = _renamed(state, lambda name: names.get(name, name))
     for name in own.keys() & state.keys():
         state[name] = shard_like(own[name], state[name])
+        if hasattr(own[name], "placements"):  # one by one, as all shards are a second model
+            state[name] = own[name].detach().copy_(state[name])
     module.load_state_dict(state)
 
 
@@ -50,15 +54,33 @@ def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str
     return renamed
 
 
-def shard_like(own: Any, whole: Any) -> Any:
-    """Return this rank's shard of a whole tensor, if `own` is sharded as by `fully_shard`."""
-    if not hasattr(own, "placements") or own.shape != whole.shape:
-        return whole
+def gathered(tensor: Any) -> torch.Tensor:
+    """Gather a sharded tensor in the host memory of rank zero; the others get its shape on "meta".
+
+    All ranks must take part. Any other tensor is returned as it is.
+    """
+    if not hasattr(tensor, "placements"):
+        return tensor  # type: ignore[no-any-return]
+    whole: torch.Tensor = tensor.full_tensor()
+    return whole.to("cpu" if distrib.is_rank_zero() else "meta")
+
+
+def shard_like(own: Any, saved: Any) -> Any:
+    """Return a saved tensor, of which a rank gets its shard if `own` is sharded.
+
+    Args:
+        own: of this rank, such as of `fully_shard`.
+        saved: a whole tensor, or one that `sharded.py` reads.
+    """
+    if hasattr(saved, "read"):
+        return saved.read(own)
+    if not hasattr(own, "placements") or own.shape != saved.shape:
+        return saved
     from torch.distributed.tensor import distribute_tensor
 
-    # Each rank has read the whole tensor and keeps its part, so nothing is sent.
-    tensor = whole.to(own.device)
-    return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
+    # Each rank takes its part of the file, so nothing is sent.
+    shard = distribute_tensor(saved, own.device_mesh, own.placements, src_data_rank=None)
+    return shard.clone()  # to let go of the whole
 
 
 def fit_tensors(own: Mapping[str, Any], state: Any, name: str) -> tuple[Any, list[str]]:

@@ -23,7 +23,7 @@ from torch import nn
 
 from .utils import UserError
 
-OnTensor = Callable[[torch.Tensor], torch.Tensor]
+OnTensor = Callable[[torch.Tensor, str], torch.Tensor]  # with the tensor's name
 
 # Types that `torch.load(weights_only=True)` reads.
 VALUES = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
@@ -34,14 +34,14 @@ NAMES = {k.__name__: k for k in (int, float, str, list, set, frozenset, *MAPPING
 
 
 def to_plain(
-    value: Any, name: str = "state", copy: OnTensor = lambda tensor: tensor, exact: bool = False
+    value: Any, name: str = "state", copy: OnTensor = lambda tensor, _: tensor, exact: bool = False
 ) -> Any:
     """Convert a value to tensors and plain containers; TypeError names a value of another type.
 
     Args:
         value: such as a state, metrics, or a config.
         name: of the value in errors.
-        copy: applied to each tensor.
+        copy: applied to each tensor and its name.
         exact: mark the kinds in `CONVERSIONS` for `from_plain`, and refuse other types; else
             convert similar types as well, for people to read.
     """
@@ -51,9 +51,10 @@ def to_plain(
 
     kind = type(value)
     if isinstance(value, torch.Tensor):
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # by all ranks
+        if hasattr(value, "placements"):  # sharded
+            return copy(value, name)
         if type(value) in TENSORS or not exact:
-            return copy(value.resolve_conj().resolve_neg())
+            return copy(value.resolve_conj().resolve_neg(), name)
     if kind in VALUES:
         return value
     if kind in SEQUENCES:
@@ -76,23 +77,28 @@ def to_plain(
 
 
 def on_device(tensor: torch.Tensor) -> Any:
-    """Mark a tensor of an accelerator, for `from_plain` to bring it back to one: a `copy`."""
-    return tensor if tensor.is_cpu else _with_mark("tensor", tensor, "accelerator")
+    """Mark a tensor, for `from_plain` to bring it back to an accelerator."""
+    return _with_mark("tensor", tensor, "accelerator")
 
 
-def from_plain(value: Any, device: torch.device | None = None) -> Any:
+def from_plain(
+    value: Any,
+    device: torch.device | None = None,
+    copy: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+) -> Any:
     """Return a value as it was before `to_plain(exact=True)`; UserError if its type is gone.
 
     Args:
         value: such as a state.
         device: of the tensors that `on_device` has marked; where they are by default.
+        copy: applied to each tensor.
     """
     kind = type(value)
     if kind in SEQUENCES:
-        return kind(from_plain(part, device) for part in value)
+        return kind(from_plain(part, device, copy) for part in value)
     if kind not in MAPPINGS:
-        return value
-    new = kind({from_plain(key): from_plain(part, device) for key, part in value.items()})
+        return copy(value) if isinstance(value, torch.Tensor) else value
+    new = kind({from_plain(key): from_plain(part, device, copy) for key, part in value.items()})
     if kind is OrderedDict:
         vars(new).update(vars(value))
         if (about := vars(value).get("mark")) is not None:

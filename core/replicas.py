@@ -41,7 +41,11 @@ def add_own(
     """
     if not distrib.is_distributed():
         return
-    parts = {keys: part for keys, part in _parts(state, ()) if keys[0] not in NOT_COMPARED}
+    parts = {
+        keys: part
+        for keys, part in _parts(state, ())
+        if keys[0] not in NOT_COMPARED and not hasattr(part, "placements")  # sharded
+    }
     sums = _checksums(parts)
     digest = zlib.crc32(repr(sums).encode())
     if len({*distrib.gather_objects(digest, "comparing the state")}) == 1:
@@ -61,7 +65,7 @@ def add_own(
         if keys not in weights and keys[0] not in whole and sums[keys] != ranks[0].get(keys):
             own.append((keys, part))
     found: list[Any] = [None] * len(entries)
-    sent = to_plain(own, copy=torch.Tensor.cpu)
+    sent = to_plain(own, copy=lambda tensor, _: tensor.cpu())
     dist.gather_object(sent, found if distrib.is_rank_zero() else None)
     for entry, parts_of_rank in zip(entries, found, strict=True):
         entry["own"] = parts_of_rank

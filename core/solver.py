@@ -50,7 +50,7 @@ class BaseSolver(Logs):
         self.register_stateful("history")
         self.register_stateful("xp.cfg", "xp.sig", write_only=True)
         self.__policy = checkpoint if isinstance(checkpoint, Policy) else Policy(**checkpoint or {})
-        self.__writer = Writer()
+        self.__writer = Writer(self.folder if self.__policy.sharded else None)
         self.__requests = Requests()
         self.__read_only = self.__trained = False
         self.__epoch = Epoch()
@@ -156,7 +156,8 @@ class BaseSolver(Logs):
         if lending.get():
             raise RuntimeError("weights are lent: leave `swapped()` or `weights()` before a save")
         self.__requests.renew()  # before the state is gathered, which may take long
-        state = self.state_dict()
+        with self.stateful.keeping_shards():
+            state = self.state_dict()
         mine = {"rng": get_rng_state()} | (stage.rank_state() if stage else {})
         ranks = distrib.gather_objects(to_plain(mine))
         add_own(ranks, state, self.stateful.values(nn.Module))
@@ -170,8 +171,7 @@ class BaseSolver(Logs):
             checkpoint.save(state, self.checkpoint_path, history, self.__policy, cursor)
             write_history(self.xp.link, history)
 
-        if distrib.is_rank_zero():
-            self.__writer.submit(state, write)
+        self.__writer.submit(state, write)
 
     def restore(
         self, strict: bool = True, read_only: bool = False, version: str = "latest"
@@ -202,7 +202,7 @@ class BaseSolver(Logs):
         check_config(self.xp, state.get("xp.cfg") or {}, strict)
         state = self.__usable(state, strict)
         # What comes before the cursor may change what is loaded here; there it is loaded once more.
-        self.__load(deepcopy(state) if cursor.stage else state)
+        self.__load(to_plain(state, exact=not strict))
         if distrib.is_rank_zero():
             write_history(self.xp.link, self.history)
         self._start_epoch()

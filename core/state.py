@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from operator import attrgetter, methodcaller
@@ -21,13 +22,14 @@ from torch.optim import Optimizer
 
 from .modules import (
     fit_module,
+    gathered,
     lending,
     load_module_state,
     module_state,
     other_shape,
     shard_like,
 )
-from .plain import from_plain, on_device, to_plain
+from .plain import OnTensor, from_plain, on_device, to_plain
 from .utils import Accumulation, UserError
 
 logger = logging.getLogger(__name__)
@@ -75,16 +77,18 @@ class Adapter:
 
 def _load_optimizer(optim: Optimizer, state: Mapping[str, Any]) -> None:
     params = [p for group in optim.param_groups for p in group["params"]]
-    sharded = {
+    states = {
         i: {k: shard_like(params[i], v) for k, v in about.items()}
         for i, about in state["state"].items()
     }
-    optim.load_state_dict({**state, "state": sharded})
-    for i, about in sharded.items():
+    optim.load_state_dict({**state, "state": states})
+    for i, about in states.items():
         ours = optim.state[params[i]]
-        for key, saved in about.items():  # which PyTorch rounds to the precision of the weights
+        for key, saved in about.items():
             now = ours.get(key)
-            if isinstance(now, torch.Tensor) and now.dtype != saved.dtype:
+            # PyTorch rounds to the precision of the weights, or keeps the tensor of the file.
+            kept = now is state["state"][i][key]
+            if isinstance(now, torch.Tensor) and (now.dtype != saved.dtype or kept):
                 ours[key] = saved.to(now.device, copy=True)
 
 
@@ -177,6 +181,11 @@ class AttributeWrapper:
             vars(state := OrderedDict(state)).update(about)
         return state
 
+    @property
+    def fits(self) -> bool:
+        """Whether the value has tensors of its own, into which a fitting state is copied."""
+        return self.adapter.fit is not fit or hasattr(self.value, "fit_state")
+
     def load_state_dict(self, state: Any) -> None:
         """Restore the attribute, in place where possible."""
         adapter = self.adapter
@@ -208,11 +217,29 @@ class WriteOnlyWrapper:
         """Ignore the state."""
 
 
+def _kept(tensor: Any, name: str) -> Any:
+    return tensor
+
+
+def _whole(tensor: Any, name: str) -> Any:
+    return gathered(tensor)
+
+
+def _marked(tensor: Any, name: str) -> Any:
+    return gathered(tensor) if tensor.is_cpu else on_device(gathered(tensor))
+
+
+def _owned(tensor: Any) -> Any:
+    """Return a copy of a tensor of a file, for an object that would keep the tensor itself."""
+    return shard_like(None, tensor).clone()
+
+
 class StateManager:
     """The states of several sources, by name; itself a source."""
 
     def __init__(self) -> None:
         self.sources: dict[str, StateDictSource] = {}
+        self.keeps_shards = False
 
     def register(self, name: str, source: StateDictSource, write_only: bool = False) -> None:
         """Add a source; ValueError if the name is taken or reserved.
@@ -222,7 +249,7 @@ class StateManager:
             source: an object with `state_dict` and `load_state_dict`.
             write_only: save, for people to read, but never restore.
         """
-        if name in ("checkpoint", "rng"):
+        if name in ("checkpoint", "rng", "shards"):
             raise ValueError(f"{name!r} is an entry of each checkpoint: rename yours")
         if name in self.sources:
             raise ValueError(f"{name!r} is registered as state already: once is enough")
@@ -237,10 +264,21 @@ class StateManager:
             except Exception as error:
                 error.add_note(f"raised by the state of {name}")
                 raise
-            marks = isinstance(source, AttributeWrapper) and source.adapter.marks
-            mark = on_device if marks else lambda tensor: tensor
-            states[name] = to_plain(state, name, mark, not isinstance(source, WriteOnlyWrapper))
+            copy: OnTensor = _whole
+            if isinstance(source, AttributeWrapper):
+                keeps = self.keeps_shards and source.fits
+                copy = _kept if keeps else _marked if source.adapter.marks else _whole
+            states[name] = to_plain(state, name, copy, not isinstance(source, WriteOnlyWrapper))
         return states
+
+    @contextmanager
+    def keeping_shards(self) -> Iterator[None]:
+        """Leave tensors of modules and optimizers sharded in the body, else whole on rank zero."""
+        self.keeps_shards = True
+        try:
+            yield
+        finally:
+            self.keeps_shards = False
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Restore the sources whose states are given; the others stay as they are.
@@ -277,7 +315,9 @@ class StateManager:
         held += [p for module in self.values(nn.Module).values() for p in module.parameters()]
         home = next((tensor.device for tensor in held if not tensor.is_cpu), None)
         for name in (name for name in self.sources if name in state):
-            usable[name], found = fit(self.sources[name], from_plain(state[name], home), name)
+            source = self.sources[name]
+            copy = (lambda tensor: tensor) if getattr(source, "fits", False) else _owned
+            usable[name], found = fit(source, from_plain(state[name], home, copy), name)
             differ += found
         for name in usable.keys() & self.values(Optimizer) if differ else ():
             differ.append(f"{name}: of other weights")

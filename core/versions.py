@@ -38,11 +38,13 @@ def read_version(path: Path, version: str) -> StateDict:
 
 def _best(path: Path) -> StateDict | None:
     checkpoint.wait_for_writes()
-    if not path.exists():
+    older = checkpoint.older(path)
+    # The latest is absent after damage, until the next save.
+    if (newest := next(filter(Path.exists, (path, *reversed(older.values()))), None)) is None:
         return None
-    about = checkpoint.read_about(path)
-    is_latest = about["best"] == about["epoch"] and about["commit"]
-    if (file := path if is_latest else checkpoint.older(path).get(about["best"])) is None:
+    about = checkpoint.read_about(newest)
+    is_newest = about["best"] == about["epoch"] and about["commit"]
+    if (file := newest if is_newest else older.get(about["best"])) is None:
         raise UserError(f"{path.parent} keeps no best checkpoint: set checkpoint.best")
     return checkpoint.read(file)
 

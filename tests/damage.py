@@ -62,7 +62,9 @@ class Solver(BaseSolver):
     def run(self) -> None:
         """Train to the end; keep the state in which the run began or resumed."""
         with self.running():
-            self.begin: dict[str, Any] = to_plain(self.state_dict(), copy=torch.clone)
+            self.begin: dict[str, Any] = to_plain(
+                self.state_dict(), copy=lambda tensor, _: tensor.clone()
+            )
             for _ in range(self.epoch, EPOCHS + 1):
                 self.run_stage("train", self.train)
                 self.commit()

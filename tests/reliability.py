@@ -39,7 +39,9 @@ def sit(project: Path, runs: int, files: int, seed: int) -> dict[str, Any]:
     return about | {"runs": [*map(vars, results)], "files": found, "missed": missed}
 
 
-def main(project: str, folder: str, runs: str = "200", files: str = "2000", seed: str = "0") -> None:
+def main(
+    project: str, folder: str, runs: str = "200", files: str = "2000", seed: str = "0"
+) -> None:
     """Hold a sitting of a campaign, keep its results in a folder, and write the page from all."""
     new = sit(Path(project), int(runs), int(files), int(seed))
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from core.tests.processes import on_ranks
 
 
 class Solver(BaseSolver):
-    def __init__(self, folder: Path, epochs: int) -> None:
-        super().__init__(folder, Policy(best="min valid.loss"))
+    def __init__(self, folder: Path, epochs: int, sharded: bool) -> None:
+        super().__init__(folder, Policy(best="min valid.loss", sharded=sharded))
         self.epochs = epochs
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)).double()
@@ -62,31 +63,38 @@ class Solver(BaseSolver):
         return metrics
 
 
-def _train(folder: Path, epochs: int) -> dict[str, Any]:
-    solver = Solver(folder, epochs)
+def _train(folder: Path, epochs: int, sharded: bool) -> dict[str, Any]:
+    solver = Solver(folder, epochs, sharded)
     solver.run()
     state = solver.state_dict()
     tensors = [*state["model"].values(), *state["ema"]["model"].values()]
     tensors += [s["exp_avg"] for s in state["optim"]["state"].values()]
+    assert {t.device.type for t in tensors} == {"meta" if distrib.rank() else "cpu"}
     return {
-        "numbers": torch.cat([t.flatten() for t in tensors]).tolist(),
+        "numbers": [] if distrib.rank() else torch.cat([t.flatten() for t in tensors]).tolist(),
         "losses": [e["valid"]["loss"] for e in solver.history],
         "best": [e["valid"]["best"] for e in solver.history[1:]],
     }
 
 
-def test_a_spread_model_trains_is_saved_and_resumed_anywhere(tmp_path: Path) -> None:
-    undisturbed = on_ranks(_train, tmp_path / "undisturbed", 4)
-    assert isinstance(undisturbed[0], dict), undisturbed[0]
-    assert undisturbed[0] == undisturbed[1]
-    on_ranks(_train, tmp_path / "stopped", 2)
-    [alone] = on_ranks(_train, tmp_path / "alone", 4, ranks=1)
-    assert isinstance(alone, dict), alone
-    saved = (tmp_path / "stopped" / "checkpoint.th").read_bytes()
-    assert on_ranks(_train, tmp_path / "stopped", 4) == undisturbed
-    (tmp_path / "moved").mkdir()
-    (tmp_path / "moved" / "checkpoint.th").write_bytes(saved)
-    [moved] = on_ranks(_train, tmp_path / "moved", 4, ranks=1)
-    for found in (moved, alone):
-        for name, expected in undisturbed[0].items():
+def run(folder: Path, epochs: int, sharded: bool, ranks: int = 2) -> dict[str, Any]:
+    """Train on several ranks, and return what rank zero found."""
+    found = on_ranks(_train, folder, epochs, sharded, ranks=ranks)
+    assert all(isinstance(one, dict) for one in found), found
+    assert all(one | {"numbers": []} == found[0] | {"numbers": []} for one in found)
+    first: dict[str, Any] = found[0]
+    return first
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_spread_model_trains_is_saved_and_resumed_anywhere(tmp_path: Path, sharded: bool) -> None:
+    undisturbed = run(tmp_path / "undisturbed", 4, sharded)
+    run(tmp_path / "stopped", 2, sharded)
+    for ranks in (1, 3):
+        shutil.copytree(tmp_path / "stopped", tmp_path / f"on {ranks}")
+    assert run(tmp_path / "stopped", 4, sharded) == undisturbed
+    alone = run(tmp_path / "alone", 4, sharded, ranks=1)
+    assert len([*(tmp_path / "stopped").glob("shards.*")]) == (2 if sharded else 0)
+    for found in (alone, *(run(tmp_path / f"on {n}", 4, sharded, ranks=n) for n in (1, 3))):
+        for name, expected in undisturbed.items():
             assert found[name] == pytest.approx(expected, rel=1e-9), name
