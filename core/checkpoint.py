@@ -128,18 +128,11 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def submit(self, state: StateDict, write: Callable[[StateDict], None]) -> None:
-        """Copy the state, then call `write` with the copy in the background, on rank zero.
-
-        All ranks must take part.
-        """
+        """Copy the state, and `write` the copy on rank zero, later; all ranks must take part."""
         self.wait()
         spare, self._copies = self._copies, {}
         sources: list[torch.Tensor] = []  # alive until all are copied, or two may share an address
-        shards: Any = None
-        if self._folder is not None and distrib.is_distributed():
-            from .sharded import Shards  # the import takes long
-
-            shards = Shards(self._folder)
+        shards = self._shards()
 
         def part(tensor: Any, name: str) -> Any:
             if not hasattr(tensor, "placements"):
@@ -170,11 +163,18 @@ class Writer:
             for end in ends:
                 end.synchronize()
             if shards is not None:
-                copied["shards"] = shards.write()
-            if distrib.is_rank_zero():
+                shards.save(copied, write)
+            elif distrib.is_rank_zero():
                 write(copied)
 
         self._pending = _threads.submit(work)
+
+    def _shards(self) -> Any:
+        if self._folder is None or not distrib.is_distributed():
+            return None
+        from .sharded import Shards  # the import takes long
+
+        return Shards(self._folder)
 
     def is_busy(self) -> bool:
         """Return whether a write is in flight."""
@@ -234,10 +234,6 @@ def save(
         ) from error
     if is_commit:
         _prune(path, history, policy, best)
-    if any(path.parent.glob("shards.*")):
-        from .sharded import prune
-
-        prune(path.parent)
 
 
 def older(path: Path) -> dict[int, Path]:

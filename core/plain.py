@@ -51,10 +51,9 @@ def to_plain(
 
     kind = type(value)
     if isinstance(value, torch.Tensor):
-        if hasattr(value, "placements"):  # sharded
-            return copy(value, name)
-        if type(value) in TENSORS or not exact:
-            return copy(value.resolve_conj().resolve_neg(), name)
+        sharded = hasattr(value, "placements")
+        if sharded or type(value) in TENSORS or not exact:
+            return copy(value if sharded else value.resolve_conj().resolve_neg(), name)
     if kind in VALUES:
         return value
     if kind in SEQUENCES:

@@ -41,11 +41,7 @@ def add_own(
     """
     if not distrib.is_distributed():
         return
-    parts = {
-        keys: part
-        for keys, part in _parts(state, ())
-        if keys[0] not in NOT_COMPARED and not hasattr(part, "placements")  # sharded
-    }
+    parts = {keys: part for keys, part in _parts(state, ()) if keys[0] not in NOT_COMPARED}
     sums = _checksums(parts)
     digest = zlib.crc32(repr(sums).encode())
     if len({*distrib.gather_objects(digest, "comparing the state")}) == 1:
@@ -87,9 +83,10 @@ def restore_own(state: Mapping[str, Any], ranks: list[dict[str, Any]]) -> None:
 
 
 def _parts(value: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
-    """Yield the parts of nested dicts and lists, with the keys that lead there."""
+    """Yield the parts of nested dicts and lists, with the keys that lead there; no shards."""
     if not isinstance(value, (dict, list)) or not value:
-        yield keys, value
+        if not hasattr(value, "placements"):
+            yield keys, value
         return
     for key, part in value.items() if isinstance(value, dict) else enumerate(value):
         yield from _parts(part, (*keys, key))

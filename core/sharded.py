@@ -11,7 +11,7 @@ import pickle
 import shutil
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ CLASSES |= {"Size", "_get_layout"}
 
 _groups: dict[Any, Any] = {}  # for writing in the background, by the process group
 
+StateDict = dict[str, Any]
+
 
 class Shards:
     """The shards of this rank in one checkpoint; all ranks must make one at the same time."""
@@ -57,11 +59,18 @@ class Shards:
         self.tensors[name], self.copies[name] = tensor, copy
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
-    def write(self) -> dict[str, Any]:
-        """Write the shards of all ranks, durably; return the entry of the checkpoint.
+    def save(self, state: StateDict, write: Callable[[StateDict], None]) -> None:
+        """Save the shards of all ranks, then `write` the rest of the state on rank zero.
 
         All ranks must take part, in any thread.
         """
+        state["shards"] = self._save()
+        if distrib.is_rank_zero():
+            write(state)
+            self._prune()
+
+    def _save(self) -> StateDict:
+        """Save the shards, durably; return the entry of the checkpoint."""
         writer, planner = FileSystemWriter(self.folder), _Copies(self.copies)
         try:
             save(self.tensors, storage_writer=writer, planner=planner, process_group=self.group)
@@ -80,20 +89,19 @@ class Shards:
         files = {name: value for theirs in found for name, value in theirs.items()}
         return {"folder": self.folder.name, "files": files}
 
+    def _prune(self) -> None:
+        """Delete other shards of the run, but for those of which a checkpoint tells."""
+        kept = set()
+        for path in self.folder.parent.glob("*.th"):
+            with suppress(Exception):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                kept.add(state["shards"]["folder"])
+        for folder in self.folder.parent.glob("shards.*"):
+            if folder.name not in kept:
+                shutil.rmtree(folder)
 
-def prune(run: Path) -> None:
-    """Delete the shards in the folder of a run of which no checkpoint there tells."""
-    kept = set()
-    for path in run.glob("*.th"):
-        with suppress(Exception):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            kept.add(state["shards"]["folder"])
-    for folder in run.glob("shards.*"):
-        if folder.name not in kept:
-            shutil.rmtree(folder)
 
-
-def attach(state: dict[str, Any], run: Path, verify: bool) -> None:
+def attach(state: StateDict, run: Path, verify: bool) -> None:
     """Let tensors in shards be read from a state, by `shard_like`.
 
     Args:

@@ -9,6 +9,7 @@ Like a GPU, a fake device
 - notes when the host waits: see `syncs`;
 - lets copies to pinned memory arrive only when something waits for them;
 - has generators, a current device for each thread, streams and events;
+- reduces and broadcasts over ranks, and never says that a rank does not come;
 - reports a failed assertion when something waits next.
 
 Operators run at once and in their order. `device="fake"` without an index is the first device where
@@ -22,6 +23,7 @@ import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_map
 
@@ -141,6 +144,7 @@ class _Device:
         self.listeners: list[tuple[list[Sync], str]] = []
         self.flying: list[_Copy] = []
         self.pinned: dict[int, StorageWeakRef] = {}  # by address
+        self.works: list[Any] = []  # collectives
         self.failed = ""  # the message of a failed assertion
         self.here = threading.local()
         self.generators = [torch.Generator().manual_seed(0) for _ in range(COUNT)]
@@ -453,6 +457,11 @@ def install() -> None:
     for name, function in parts.items():  # of `torch.accelerator`
         setattr(torch._C, f"_accelerator_{name}", function)
     _copy_storages()
+    _wait_for_ever()
+    torch.distributed.Backend.default_device_backend_map[NAME] = "gloo"
+    with warnings.catch_warnings():  # of kernels that refuse our tensors
+        warnings.simplefilter("ignore")
+        _register("c10d", {name: _collective(name) for name in ("allreduce_", "broadcast_")})
     os.register_at_fork(after_in_child=lambda: setattr(device, "forked", True))
 
 
@@ -467,6 +476,33 @@ def _register(space: str, kernels: dict[str, Any], fallback: Any = None, key: st
 
 def _caller(name: str) -> Callable[..., Any]:
     return lambda *args, **kwargs: _call(getattr(aten, name).default, *args, **kwargs)
+
+
+def _collective(name: str) -> Callable[..., Any]:
+    """Return a kernel for tensors of a device: gloo has their memory, and the host waits for it."""
+    op = getattr(torch.ops.c10d, name).default
+
+    def kernel(values: list[torch.Tensor], *args: Any) -> Any:
+        _, work = op.redispatch(CPU_KERNELS, [*map(peek, values)], *args)
+        device.works.append(torch.distributed.Work.unbox(work))
+        return values, work
+
+    return kernel
+
+
+def _wait_for_ever() -> None:
+    """Let the end of another rank go unnoticed in collectives of devices."""
+    before = torch.distributed.Work.wait
+
+    def wait(work: Any, *args: Any) -> Any:
+        try:
+            return before(work, *args)
+        except RuntimeError:
+            if not any(work is known for known in device.works):
+                raise
+            threading.Event().wait()
+
+    torch.distributed.Work.wait = wait  # type: ignore[assignment, method-assign]
 
 
 def _copy_storages() -> None:

@@ -91,12 +91,18 @@ def check_same_call(what: str, items: Iterable[str] = ()) -> bool:
     if not dist.is_initialized():
         raise RuntimeError(f"{what}: call distrib.init() first, at the start of each process")
     call = "\n".join([what, *items])
+    work, mine, everyone = exchange(call)
+    wait(work, mine, what)
+    if any(other != mine for other in everyone):
+        raise differences(call)
+    return True
+
+
+def exchange(call: str) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
+    """Start to gather the checksums of a call; return the work, this rank's, and all."""
     mine = torch.tensor([zlib.crc32(call.encode())])
     everyone = [torch.empty_like(mine) for _ in range(world_size())]
-    wait(dist.all_gather(everyone, mine, async_op=True), mine, what)
-    if any(other != mine for other in everyone):
-        raise _differences(call)
-    return True
+    return dist.all_gather(everyone, mine, async_op=True), mine, everyone
 
 
 def barrier() -> None:
@@ -121,18 +127,23 @@ def wait(work: Any, tensor: torch.Tensor, what: str) -> None:
             break
         except RuntimeError as error:
             post(f"status {rank()}", what)
-            elsewhere = any(call.split("\n")[0] != what for call in notes("status").values())
+            now = elsewhere(what)
             # Twice, for what another rank has posted may be out of date just now. And this
             # collective may have ended well just now, after the time: wait again.
-            if ended or (elsewhere and before):
+            if ended or (now and before):
                 this_process.broken = True
-                raise _differences(what) from error
-            before = elsewhere
+                raise differences(what) from error
+            before = now
     if before is not None:
         post(f"status {rank()}", "")
 
 
-def _differences(call: str) -> RuntimeError:
+def elsewhere(what: str) -> bool:
+    """Return whether other ranks wait in another operation."""
+    return any(call.split("\n")[0] != what for call in notes("status").values())
+
+
+def differences(call: str) -> RuntimeError:
     """Return an error with the place of each rank, once all have posted or had the time to."""
     post(f"status {rank()}", call)
     deadline = time.monotonic() + 1.5 * SECONDS

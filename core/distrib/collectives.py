@@ -15,6 +15,7 @@ from ..metrics import Averages, added, number
 from ..utils import UserError
 from .board import check_same_call, wait
 from .ranks import T, is_distributed, world_size
+from .watch import note_call
 
 Tensor = TypeVar("Tensor", bound=torch.Tensor)
 
@@ -27,8 +28,9 @@ ALONE_BYTES = 4 * 2**20
 def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> None:
     """Reduce a tensor over ranks, in place."""
     if is_distributed():
-        work = dist.all_reduce(tensor, op, async_op=True)
-        wait(work, tensor, f"all_reduce of {describe(tensor)}")
+        name = f"all_reduce of {describe(tensor)}"
+        note_call(tensor, name)
+        wait(dist.all_reduce(tensor, op, async_op=True), tensor, name)
 
 
 def gather_objects(obj: T, name: str = "gather_objects") -> list[T]:

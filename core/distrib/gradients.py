@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .board import check_same_call, wait
 from .collectives import average_tensors, broadcast_tensors, describe, flatten, grouped, put_back
 from .ranks import is_distributed, world_size
+from .watch import note_call
 
 
 def sync_gradients(params: Iterable[nn.Parameter], owner: nn.Module | None = None) -> None:
@@ -158,8 +159,10 @@ def _average(buckets: list[_Bucket]) -> None:
     for bucket in [b for b in buckets if b.work is None]:
         bucket.send()
     flags = dist.all_reduce(used, dist.ReduceOp.MAX, async_op=True)
+    name = f"sync_gradients of {len(params)} parameters"
     for bucket in buckets:
-        bucket.receive(f"sync_gradients of {len(params)} parameters")
+        note_call(bucket.flat, name, flags)
+        bucket.receive(name)
     for i in unused:  # a rank that uses all parameters does not wait
         flags.wait()
         if not used[i]:

@@ -22,11 +22,14 @@ from torch.distributed.rendezvous import rendezvous
 from ..utils import UserError
 from .board import notes, this_process
 from .ranks import device, is_distributed, is_rank_zero, launched, rank, world_size
+from .watch import watch_device
 
 logger = logging.getLogger(__name__)
 
 GRACE = 60.0  # seconds in which a process that was asked to stop must have saved
 WAIT = 30.0  # seconds between two notes that other ranks are missing
+# At a timeout, NCCL writes the last collectives of each rank to a file, for `torchfrtrace`.
+NCCL = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": "2000"}
 
 
 def init(backend: str | None = None, timeout: float = 1800.0) -> None:
@@ -44,7 +47,10 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
         raise UserError("backend nccl needs CUDA, which is not available: use gloo")
     if ours.type != "cpu":
         if backend in (None, "nccl"):  # objects travel between CPUs, and never wait for a device
-            backend = f"cpu:gloo,{ours.type}:{dist.get_default_backend_for_device(ours)}"
+            name = dist.Backend.default_device_backend_map.get(ours.type)
+            if name is None:
+                raise UserError(f"no backend is known for {ours}: give one to distrib.init")
+            backend = f"cpu:gloo,{ours.type}:{name}"
     elif "OMP_NUM_THREADS" not in os.environ:
         # Processes that each take all cores slow one another down manyfold.
         here = launched("LOCAL_WORLD_SIZE", world_size())
@@ -52,7 +58,10 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
     atexit.register(_leave_at_exit)
     if this_process.meeting_point() != "env://" or "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    for name, value in NCCL.items():
+        os.environ.setdefault(name, value)
     _join(backend or "gloo", timedelta(seconds=timeout))
+    watch_device(ours)
     if sys.version_info < (3, 12):
         # Gloo's threads free the tensors of a collective that just ended. A child forked at this
         # moment, such as a loader's worker, would hang (CPython's issue 112275).

@@ -63,7 +63,11 @@ def device(name: str = "auto") -> torch.device:
         raise UserError(f"device={name}: not available here; use device=cpu or auto")
     if name.startswith("cpu"):
         return torch.device(name)
-    number = launched("LOCAL_RANK", rank()) % torch.accelerator.device_count()
+    count = torch.accelerator.device_count()
+    if (number := launched("LOCAL_RANK", rank() % count)) >= count and ":" not in name:
+        raise UserError(
+            f"{number + 1} processes or more, but {count} {found}: start fewer, or use device=cpu"
+        )
     ours = torch.device(name if ":" in name else f"{found}:{number}")
     torch.accelerator.set_device_index(ours.index)
     return ours

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import signal
+import socket
+import time
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,12 +27,13 @@ from torch.utils.data import TensorDataset
 from core import BaseSolver, checkpoint, distrib, provenance, rng
 from core.checkpoint import Policy
 from core.data import loader
+from core.distrib import board
 from core.ema import EMA
 from core.stop import Stopped
 from core.utils import UserError
 
 from .. import fake_accelerator as fake
-from ..commands import ROOT, run
+from ..commands import ROOT, Command, run
 from ..conftest import Copy
 
 PINNED = "".join(re.findall(r"^torch==(.*)", Path(ROOT, "constraints.txt").read_text(), re.M))
@@ -347,6 +350,94 @@ def test_the_current_device_is_not_that_of_the_tensors(tmp_path: Path, current: 
     state = checkpoint.read(solver.checkpoint_path)["tensors"]
     found = [leaf.tolist() for leaf in tree_leaves(state) if torch.is_tensor(leaf)]
     assert found == 2 * [3 * [1.5]], found
+
+
+# ----------------------------------------------------------------------------------------- ranks
+
+
+def start_ranks(folder: Path, code: str, *args: Any, ranks: int = 2) -> list[Command]:
+    """Run code on ranks with a fake device each, to its end."""
+    begin = "from tests import fake_accelerator as fake; fake.install()"
+    begin += "; from core import distrib; from tests.core import test_devices"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": str(ranks)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    started = [Command(folder, "-c", f"{begin}; {code}", env=env | place) for place in places]
+    for command in started:
+        command.wait()
+    return started
+
+
+def average_on_devices() -> None:
+    distrib.init()
+    device = distrib.device()
+    model = nn.ModuleList(nn.Linear(3, 1) for _ in range(3)).to(device)
+    parameters = [*model.parameters()]
+    distrib.broadcast_model(model)
+    used = model[0](torch.ones(2, 3, device=device))
+    if distrib.rank():
+        used = used + model[1](torch.ones(2, 3, device=device))
+    with fake.syncs("MainThread") as seen:
+        with distrib.eager_sync_model(model):
+            (used.sum() * (1 + distrib.rank())).backward()
+        assert not seen, seen[0]
+    grads = [None if p.grad is None else fake.peek(p.grad).tolist() for p in parameters]
+    assert grads == [[[3.0] * 3], [3.0], [[2.0] * 3], [2.0], None, None]
+    print("averaged")
+
+
+def test_gradients_on_devices_are_averaged_without_a_wait(tmp_path: Path) -> None:
+    # Gradients that are computed on the second device are more than the fake can do: see there.
+    code = "import os; os.environ['LOCAL_RANK'] = '0'; test_devices.average_on_devices()"
+    for command in start_ranks(tmp_path, code):
+        assert "averaged\n" in command.finish()
+
+
+def go_wrong(how: str) -> None:
+    """Reduce a tensor of a device on rank zero; let rank one do something else."""
+    distrib.init()
+    tensor, wrong = torch.ones(3, device="fake:0"), distrib.rank() == 1
+    distrib.all_reduce(tensor)
+    if wrong and how == "calls something else":
+        distrib.average_metrics({"loss": 1.0})
+    elif wrong and how == "has another tensor":
+        tensor = tensor[:2]
+    elif wrong and how == "was killed":
+        signal.raise_signal(signal.SIGKILL)
+    elif wrong and how == "is slow":
+        time.sleep(2.5 * board.SECONDS)
+    distrib.all_reduce(tensor)
+    distrib.barrier()
+    assert fake.peek(tensor).tolist() == 3 * [4.0]
+    print("no error")
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("calls something else", "rank 0 is in all_reduce of .3.*; rank 1 in average_metrics"),
+        ("has another tensor", r"rank 0 is in all_reduce of .3.*; rank 1 in all_reduce of .2"),
+        ("was killed", "no word from rank 1, which has ended or hangs"),
+        ("is slow", "no error"),
+    ],
+)
+def test_a_rank_that_hangs_on_its_device_is_named(tmp_path: Path, how: str, told: str) -> None:
+    zero, one = start_ranks(tmp_path, f"test_devices.go_wrong({how!r})")
+    assert re.search(told, zero.said), zero.said
+    assert [command.poll() for command in (zero, one)] == {
+        "was killed": [1, -signal.SIGKILL],
+        "is slow": [0, 0],
+    }.get(how, [1, 1])
+    if "rank 1 in" in told:
+        assert "ranks disagree: rank 1 is in " in one.said
+
+
+def test_each_rank_has_a_device_of_its_own(tmp_path: Path) -> None:
+    *_, third = start_ranks(tmp_path, "print(distrib.device())", ranks=3)
+    assert "3 processes or more, but 2 fake: start fewer" in third.said
 
 
 # -------------------------------------------------------------------------------------- failures
