@@ -135,11 +135,9 @@ class Writer:
         shards = self._shards()
 
         def part(tensor: Any, name: str) -> Any:
-            if not hasattr(tensor, "placements"):
-                return copy(tensor) if distrib.is_rank_zero() else tensor
-            if shards is None:
-                return gathered(tensor)
-            return shards.add(name, tensor, copy(tensor.to_local()))
+            if hasattr(tensor, "placements"):
+                return shards.add(name, tensor, copy) if shards else gathered(tensor)
+            return copy(tensor) if distrib.is_rank_zero() else tensor
 
         def copy(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.layout != torch.strided:  # such as a sparse one

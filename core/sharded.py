@@ -54,9 +54,9 @@ class Shards:
             _groups[main] = dist.new_group(backend="gloo")
         self.group = _groups[main]
 
-    def add(self, name: str, tensor: Any, copy: torch.Tensor) -> torch.Tensor:
-        """Add a sharded tensor with a copy of this rank's shard; return its place in a state."""
-        self.tensors[name], self.copies[name] = tensor, copy
+    def add(self, name: str, tensor: Any, copy: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        """Add a sharded tensor, and copy this rank's shard; return its place in a state."""
+        self.tensors[name], self.copies[name] = tensor, copy(tensor.to_local())
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
     def save(self, state: StateDict, write: Callable[[StateDict], None]) -> None:
