@@ -45,6 +45,7 @@ TOOLS = (
     "torchdata",
     "zizmor",
 )
+GPU_TOOLS = ("cookiecutter", "pytest", "pytest-timeout", "pytest-xdist")
 PEERS = ("accelerate", "flashy", "lightning", "lightning-fabric", "pytorch-ignite")
 
 SHARED = ("-n", "3", "--dist", "worksteal")  # tests wait more than they work
@@ -179,6 +180,24 @@ def bench(session: nox.Session) -> None:
     """Measure beside the peers and write bench/RESULTS.md; `-- --quick` shows that it runs."""
     install(session, *RUNTIME, "cookiecutter", *PEERS)
     session.run("python", "-m", "bench", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """Test and measure on the GPU that the PyTorch of this Python sees; skipped without one."""
+    code = "import torch; print(torch.__file__) if torch.cuda.is_available() else exit(1)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if found.returncode != 0:
+        session.skip(f"the PyTorch of {sys.executable} sees no GPU")
+    session.run(sys.executable, "-m", "venv", str(ENVIRONMENTS / "gpu"))
+    python = str(ENVIRONMENTS / "gpu" / "bin" / "python")
+    [packages] = (ENVIRONMENTS / "gpu" / "lib").glob("python*/site-packages")
+    (packages / "torch.pth").write_text(str(Path(found.stdout.strip()).parents[1]))
+    needed = [name for name in RUNTIME if name not in ("torch", "wandb")]
+    session.run(python, "-m", "pip", "install", "-q", *needed, *GPU_TOOLS)
+    for subject in ("steps", "checkpoint"):
+        session.run(python, "-m", f"bench.{subject}", "--quick", env={"OMP_NUM_THREADS": "1"})
+    session.run(python, "-m", "pytest", "tests/test_gpu.py", "core/tests", "-n", "4")
 
 
 @nox.session

@@ -15,7 +15,7 @@ from .harness import OURS, ROOT, Row, Section, Spread
 TARGET = 2000.0
 # Files of the core that can be deleted, and the one that knows Dora and Hydra.
 OPTIONAL = {"adversarial.py", "ema.py", "hints.py", "launch.py", "tensorboard.py", "wandb.py"}
-OPTIONAL |= {"provenance.py", "replicas.py", "workers.py"}
+OPTIONAL |= {"provenance.py", "replicas.py", "sharded.py", "watch.py", "workers.py"}
 PEERS = {
     "Flashy": "flashy",
     "ignite": "ignite",

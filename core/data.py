@@ -79,8 +79,14 @@ def loader(
         multiple, kind = batch if kwargs.get("drop_last") else 1, sampler or EpochSampler
         kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples, multiple)
     kwargs.setdefault("generator", torch.Generator().manual_seed(seed))  # else the global one
-    kwargs.setdefault("pin_memory", accelerator() not in (None, torch.mps))
+    kwargs.setdefault("pin_memory", _pins(dataset))
     return klass(dataset, *args, **workers.options(seed, kwargs))
+
+
+def _pins(dataset: object) -> bool:
+    """Return whether batches should be in pinned memory, for copies to a device."""
+    on_cpu = all(tensor.is_cpu for tensor in getattr(dataset, "tensors", ()))
+    return on_cpu and accelerator() not in (None, torch.mps)
 
 
 def _check(

@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..utils import UserError
 from .board import notes, this_process
-from .ranks import device, is_distributed, is_rank_zero, launched, rank, world_size
+from .ranks import accelerator, is_distributed, is_rank_zero, launched, rank, world_size
 from .watch import watch_device
 
 logger = logging.getLogger(__name__)
@@ -42,15 +42,14 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
     """
     if dist.is_initialized() or not is_distributed():
         return
-    ours = device()
-    if backend == "nccl" and ours.type != "cuda":
+    found = accelerator()
+    if backend == "nccl" and found != "cuda":
         raise UserError("backend nccl needs CUDA, which is not available: use gloo")
-    if ours.type != "cpu":
+    if found != "cpu":
         if backend in (None, "nccl"):  # objects travel between CPUs, and never wait for a device
-            name = dist.Backend.default_device_backend_map.get(ours.type)
-            if name is None:
-                raise UserError(f"no backend is known for {ours}: give one to distrib.init")
-            backend = f"cpu:gloo,{ours.type}:{name}"
+            if (name := dist.Backend.default_device_backend_map.get(found)) is None:
+                raise UserError(f"no backend is known for {found}: give one to distrib.init")
+            backend = f"cpu:gloo,{found}:{name}"
     elif "OMP_NUM_THREADS" not in os.environ:
         # Processes that each take all cores slow one another down manyfold.
         here = launched("LOCAL_WORLD_SIZE", world_size())
@@ -61,7 +60,7 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
     for name, value in NCCL.items():
         os.environ.setdefault(name, value)
     _join(backend or "gloo", timedelta(seconds=timeout))
-    watch_device(ours)
+    watch_device(found)
     if sys.version_info < (3, 12):
         # Gloo's threads free the tensors of a collective that just ended. A child forked at this
         # moment, such as a loader's worker, would hang (CPython's issue 112275).

@@ -50,15 +50,20 @@ def rank_zero_only(function: Callable[..., T]) -> Callable[..., T | None]:
     return wrapped
 
 
+def accelerator() -> str:
+    """Return the kind of device that this process would choose; nothing is started on one."""
+    found = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    return "cpu" if found == "mps" and is_distributed() else found  # it knows no collectives
+
+
 def device(name: str = "auto") -> torch.device:
     """Return this process's device; an accelerator becomes the current one, with its generator.
 
     Args:
         name: `auto` (the accelerator, if any), or a device such as `cuda`, `cuda:1` or `cpu`.
     """
-    found = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if name == "auto":
-        name = "cpu" if found == "mps" and is_distributed() else found  # no collectives there
+    found = accelerator()
+    name = found if name == "auto" else name
     if name.partition(":")[0] not in ("cpu", found):
         raise UserError(f"device={name}: not available here; use device=cpu or auto")
     if name.startswith("cpu"):

@@ -53,9 +53,9 @@ def note_call(tensor: torch.Tensor, name: str, work: Any = None) -> None:
         _pending.append(_Call(name, work) if work else _Call(name, *exchange(name)))
 
 
-def watch_device(device: torch.device) -> None:
-    """Start the thread, for collectives of a device that the host does not wait for."""
-    if device.type != "cpu":
+def watch_device(kind: str) -> None:
+    """Start the thread, for collectives of a kind of device that the host does not wait for."""
+    if kind != "cpu":
         threading.Thread(target=_watch, daemon=True, name="devices").start()
 
 

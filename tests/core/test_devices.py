@@ -242,6 +242,7 @@ def test_a_run_on_the_cpu_starts_no_device(tmp_path: Path) -> None:
     assert distrib.device().index == 0
     assert loader([1]).pin_memory
     assert not loader([1], pin_memory=False).pin_memory
+    assert not loader(TensorDataset(torch.ones(1, device="fake:0"))).pin_memory
     assert (provenance.device_name(), rng.accelerator() is None) == ("fake", False)
 
 
@@ -433,6 +434,12 @@ def test_a_rank_that_hangs_on_its_device_is_named(tmp_path: Path, how: str, told
     }.get(how, [1, 1])
     if "rank 1 in" in told:
         assert "ranks disagree: rank 1 is in " in one.said
+
+
+def test_ranks_on_the_cpu_start_no_device(tmp_path: Path) -> None:
+    code = "distrib.init(); distrib.device('cpu'); distrib.barrier(); print(fake.device.started)"
+    for command in start_ranks(tmp_path, code):
+        assert "False\n" in command.finish()
 
 
 def test_each_rank_has_a_device_of_its_own(tmp_path: Path) -> None:
