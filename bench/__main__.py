@@ -25,6 +25,7 @@ SUBJECTS = [
     "startup",
     "history",
     "memory",
+    "sharded",
     "render",
     "size",
     "reliability",
