@@ -376,6 +376,27 @@ def file_times_jumped(run: Run, rng: random.Random) -> None:
         os.utime(path, (time.time() + years * 3e7,) * 2)
 
 
+def jump(seed: float) -> None:
+    """Let the clock of this process jump by months, back and forth."""
+    now, rng, months = time.time, random.Random(seed), [0.0]
+
+    def jumping() -> float:
+        if rng.random() < 0.05:
+            months.append(rng.uniform(-30, 30))
+        return now() + months[-1] * 2.6e6
+
+    time.time = jumping
+
+
+def clock_jumped(run: Run, rng: random.Random) -> None:
+    process = run.start(partial(jump, rng.random()))
+    if run.started(process, 1):
+        time.sleep(rng.uniform(0, 1.2))
+    process.send(signal.SIGKILL)
+    process.wait()
+    run.check_history()
+
+
 def all_damaged(run: Run, rng: random.Random) -> Mend:
     run.interrupt()
     copies = {path: path.read_bytes() for path in run.folder.glob("checkpoint*.th")}
@@ -461,6 +482,7 @@ FAULTS: dict[Fault, set[str]] = {
     older_in_place_of_the_newest: {WARNED, EXACT},
     of_another_run: {REFUSED},
     file_times_jumped: {EXACT},
+    clock_jumped: {EXACT},
     all_damaged: {REFUSED},
     disk_full: {EXACT},
     folder_read_only: {REFUSED},
