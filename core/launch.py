@@ -177,7 +177,7 @@ def _run(main: Callable[[Any], Any]) -> Any:
         return main(xp.cfg)
     except Stopped as stopped:
         _requeue(by=str(stopped))
-        raise SystemExit(130) from None
+        raise
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):  # of Dora, which ends its processes
             signal.signal(number, signal.SIG_IGN)
@@ -319,7 +319,7 @@ def _patch_dora() -> None:
     # dora/shep.py, `Shepherd.__init__`: makes its folders before our own code can catch an error.
     _within(Shepherd, "__init__", lambda *_: _write_errors())
     # dora/executor.py, `ChildrenManager.__exit__`: ends the launcher while its processes save.
-    _within(ChildrenManager, "__exit__", lambda self, *_: _asking_to_stop([*self.children]))
+    _within(ChildrenManager, "__exit__", lambda self, error, *_: _passing_signals_on(self, error))
     # `--clear`, in three files: deletes a run that trains.
     for module, name in ((run, "rmtree"), (launch, "reliable_rmtree"), (grid, "reliable_rmtree")):
         _within(module, name, _not_training)
@@ -345,24 +345,24 @@ def _not_training(folder: Path) -> Any:
 
 
 @contextmanager
-def _asking_to_stop(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Pass signals on to processes, wait for these at the end, and exit if there was a signal."""
-    received: list[int] = []
+def _passing_signals_on(manager: Any, error: Any) -> Iterator[None]:
+    """Pass signals on to the processes; wait until all have stopped and saved."""
+    processes: list[subprocess.Popen[bytes]] = [*manager.children]
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        received.append(number)
         for process in processes:
             process.send_signal(number)
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
+    while not error and all(process.poll() is None for process in processes):
+        time.sleep(0.05)
+    if any(process.poll() == 130 for process in processes):  # else Dora ends the others
+        manager.children, manager.failed = [], 130
     yield
-    deadline = time.monotonic() + GRACE
     for process in processes:
-        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.wait(max(0.0, deadline - time.monotonic()))
-    if received:
-        raise SystemExit(130)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
 
 
 @contextmanager

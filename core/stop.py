@@ -1,7 +1,7 @@
 """Requests to save or to stop a run, and the step after which all ranks answer.
 
-SIGTERM, SIGUSR1 and SIGUSR2 ask for a stop, the clock asks for a save. After each step, a loop
-compares the number of the step with `due`, and calls `answer` only when the step has come.
+Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 ask for a stop, the clock asks for a save. After each step, a
+loop compares the number of the step with `due`, and calls `answer` only when the step has come.
 
 With several ranks, rank zero proposes a step ahead of all. A rank vetoes if it has passed the step,
 is in no loop or in another loop, or can't save there; a rank whose loop ends earlier vetoes too.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import signal
 import threading
@@ -24,18 +25,28 @@ from types import FrameType
 from . import distrib
 from .utils import UserError
 
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-]
+logger = logging.getLogger(__name__)
+
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 SILENCE = 10.0  # seconds without a sign of life of a rank that others wait for
 POLL = 0.25  # seconds between two looks of the background thread
-REPEAT = 10.0  # seconds in which a second signal repeats the first, rather than insists
+# Seconds in which a second signal repeats the first, rather than insists: launchers repeat them.
+REPEAT, REPEAT_OF_CTRL_C = 10.0, 1.0
 
 _scopes = itertools.count()  # keeps the notes of one scope apart from those of the next
 
 
-class Stopped(KeyboardInterrupt):
-    """The end of a run after a request to stop, when all is saved."""
+class Stopped(SystemExit):
+    """The end of a run after a request to stop, when all is saved, with exit status 130.
+
+    Args:
+        asked: the signal.
+    """
+
+    def __init__(self, asked: str) -> None:
+        super().__init__(asked)
+        self.code = 130
 
 
 class Requests:
@@ -67,7 +78,8 @@ class Requests:
         """Take signals and the clock as requests for the time of the body."""
         self._scope, handlers = f"{next(_scopes)} ", {}
         if threading.current_thread() is threading.main_thread():
-            handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            heard = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+            handlers = {number: signal.signal(number, self._on_signal) for number in heard}
         self.listens, ended = True, threading.Event()
         watch = threading.Thread(target=self._watch, args=(ended,), daemon=True, name="requests")
         watch.start()
@@ -142,14 +154,19 @@ class Requests:
         if not self.signal:
             self.signal, self._asked = signal.Signals(number).name, time.monotonic()
             self._ask()
-        elif time.monotonic() - self._asked > REPEAT:
+            return
+        repeat = REPEAT_OF_CTRL_C if number == signal.SIGINT else REPEAT
+        if time.monotonic() - self._asked > repeat:
             raise KeyboardInterrupt
 
     # -------------------------------------------------------------------------- in the background
 
     def _watch(self, ended: threading.Event) -> None:
-        step, polls = 0, 1
+        step, polls, told = 0, 1, False
         while not ended.wait(POLL):
+            if self.signal and not told:
+                told = True
+                logger.warning("%s: the run saves, and stops; once more stops it now", self.signal)
             self._ask()
             if not distrib.is_distributed():
                 continue

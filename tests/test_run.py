@@ -61,7 +61,7 @@ def test_ctrl_c_and_on(project: Path) -> None:
     assert "Traceback" not in said
     assert len(history(project)) == 1
     [resume] = set(re.findall(r"To resume it, whenever it stops: (dora run -f \w+)", said))
-    assert "Interrupted. The same command resumes" in said
+    assert "Stopped by SIGINT after step 2 of train in epoch 2: saved" in said
     gate.open()
     said = run(project, "-m", *resume.split())
     assert "resumes in epoch 2:" in said
@@ -135,13 +135,16 @@ def test_a_run_that_trains_is_not_cleared(project: Path) -> None:
     assert "starts in epoch 1" in said
 
 
-def test_all_processes_of_a_run_are_asked_to_stop(project: Path) -> None:
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_all_processes_of_a_run_are_asked_to_stop(project: Path, asked: signal.Signals) -> None:
     gate = Gate(project)
     options = ["-d", "--ddp_workers=2", "trackers=[]", "device=cpu", "data.num_workers=1"]
     process = Command(project, "-m", "dora", "run", *options, prepare=os.setsid)
     process.until(lambda: gate.reached(processes=2))
-    os.killpg(process.pid, signal.SIGTERM)  # the launcher, two ranks and their loaders' workers
-    assert "Traceback" not in process.finish(130)
+    os.killpg(process.pid, asked)  # the launcher, two ranks and their loaders' workers
+    said = process.finish(130)
+    assert "Traceback" not in said
+    assert "died" not in said
     [log] = project.glob("outputs/xps/*/solver.log.0")
     assert "saved. The same command resumes" in log.read_text()
     assert len(history(project)) == 1

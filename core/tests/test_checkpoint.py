@@ -298,11 +298,9 @@ def test_an_interrupt_during_the_write_loses_nothing(
 ) -> None:
     go = threading.Event()
     slowly(monkeypatch, go)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
-
     def interrupt() -> None:
         threading.Timer(0.3, go.set).start()
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         Solver(tmp_path).run(hold=interrupt)

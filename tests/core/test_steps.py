@@ -40,6 +40,8 @@ from core.tests.test_steps import (
 from core.trackers import Tracker
 from core.utils import UserError
 
+from ..commands import ROOT, run
+
 
 def ask() -> None:
     """Ask this process to stop."""
@@ -405,25 +407,60 @@ def test_a_solver_that_has_trained_is_freed_at_once(tmp_path: Path) -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize(
+    ("number", "limit"),
+    [(signal.SIGTERM, "REPEAT"), (signal.SIGINT, "REPEAT_OF_CTRL_C")],
+)
 def test_a_second_signal_ends_the_run_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stop, "REPEAT", 3600.0)
+    monkeypatch.setattr(stop, limit, 3600.0)
 
     class Stubborn(Solver):
         def train(self) -> dict[str, float]:
             for _ in self.steps(range(2)):
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGTERM)  # the same request again
-                monkeypatch.setattr(stop, "REPEAT", -1.0)  # as if it were much later
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)  # the same request again
+                monkeypatch.setattr(stop, limit, -1.0)  # as if it were much later
+                os.kill(os.getpid(), number)
             raise AssertionError("the run goes on")
 
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt) as ended:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
         Stubborn(tmp_path).run()
-    assert not isinstance(ended.value, Stopped)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+SCRIPT = """
+import os, signal, sys
+from core import BaseSolver, setup_logging
+
+class Solver(BaseSolver):
+    def run(self):
+        with self.running():
+            self.run_stage("train", self.train)
+            self.commit()
+
+    def train(self):
+        for step in self.steps(range(5)):
+            if step == 2 and sys.argv[1] == "stop":
+                os.kill(os.getpid(), signal.SIGINT)
+
+setup_logging(with_file_log=False)
+Solver("run").run()
+print("the end")
+"""
+
+
+def test_ctrl_c_ends_a_script_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    code = "import runpy, sys; sys.argv = ['script.py', {!r}]; runpy.run_path('script.py')"
+    said = run(tmp_path, "-c", code.format("stop"), code=130, env=env)
+    assert "Stopped by SIGINT after step 3 of train in epoch 1: saved" in said
+    assert "Traceback" not in said
+    assert "the end" not in said
+    assert "the end" in run(tmp_path, "-c", code.format("resume"), env=env)
 
 
 def stop_after_a_solver_of_its_own(folder: str, stop: Any) -> str:
