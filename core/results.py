@@ -189,6 +189,7 @@ class Logs:
         self.history: list[dict[str, Any]] = []
         self._pending_metrics: dict[str, Any] = {}  # of this epoch, by stage
         self._current_stage: Any = None  # the running one, if any
+        self._started_in = 0  # the epoch
 
     @property
     def epoch(self) -> int:
@@ -282,6 +283,7 @@ class Logs:
     def _log_start(self) -> None:
         """Log and record the start, the config, and how to resume."""
         record_start(self.xp)
+        self._started_in = self.epoch
         if distrib.is_rank_zero():
             record_config(self.xp)
         self.log_hyperparams(self.xp.cfg)
@@ -301,3 +303,6 @@ class Logs:
         best = f", {policy.best} in epoch {epoch}" if epoch else ""
         where = f"epoch {len(self.history)}{best}: {self.xp.folder}"
         self.logger.info(f"Run {self.xp.sig} is complete after {where}")
+        if self._started_in == self.epoch:
+            cure = "`dora run --clear` starts anew, continue_from=%s another run from its weights"
+            self.logger.info(f"Nothing was left to train: {cure}", self.xp.sig)

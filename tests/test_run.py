@@ -90,7 +90,17 @@ def test_doras_other_commands(project: Path) -> None:
     run(project, "-m", "dora", "run", *overrides)
     [folder] = (project / "outputs" / "xps").iterdir()
     assert str(folder) in run(project, "-m", "dora", "info", "epochs=2")
-    assert "is complete after epoch" in run(project, "-m", "dora", "run", "-f", folder.name)
+    model = project / "my_research" / "model.py"
+    text = model.read_text()
+    model.write_text(text + "# edited\n")
+    said = run(project, "-m", "dora", "run", "-f", folder.name)
+    assert "is complete after epoch" in said
+    assert (
+        f"Nothing was left to train: `dora run --clear` starts anew, continue_from={folder.name}"
+        in said
+    )
+    assert "Changed since the last start: code" in said
+    model.write_text(text)
 
     said = run(project, "-m", "dora", "run", "-f", folder.name, "epochs=1")
     assert f"Run {folder.name} with these overrides is another run: " in said

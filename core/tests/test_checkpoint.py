@@ -298,6 +298,7 @@ def test_an_interrupt_during_the_write_loses_nothing(
 ) -> None:
     go = threading.Event()
     slowly(monkeypatch, go)
+
     def interrupt() -> None:
         threading.Timer(0.3, go.set).start()
         raise KeyboardInterrupt

@@ -32,11 +32,16 @@ from ..conftest import ROOT
 README = ROOT / "core" / "README.md"
 
 
-def recipe(title: str, **names: Any) -> dict[str, Any]:
-    """Run the block under a heading; return all that it defines, or was given."""
+def recipe_text(title: str) -> str:
+    """Return the block under a heading."""
     [text] = re.findall(rf"^### {title}\n(.*?)(?=^##|\Z)", README.read_text(), re.M | re.S)
     [block] = re.findall(r"```python\n(.*?)```", text, re.S)
-    exec(compile(block.replace("from .core", "from core"), str(README), "exec"), names)
+    return str(block.replace("from .core", "from core"))
+
+
+def recipe(title: str, **names: Any) -> dict[str, Any]:
+    """Run the block under a heading; return all that it defines, or was given."""
+    exec(compile(recipe_text(title), str(README), "exec"), names)
     return names
 
 
@@ -60,7 +65,7 @@ class Solver(BaseSolver):
     def __init__(self, folder: Path, seen: Seen, stop: Any = None) -> None:
         super().__init__(folder, self.policy)
         self.seen, self.stop = seen, stop
-        self.cfg = SimpleNamespace(epochs=5, valid_every=3)
+        self.cfg = SimpleNamespace(epochs=5, valid_every=5)
         self.data = TensorDataset(torch.arange(24), LABELS)
         self.train_loader = loader(self.data, 4, shuffle=True, sampler=self.sampler)
         self.model: Any = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.2), nn.Linear(4, 2)).double()
@@ -275,22 +280,51 @@ def test_ranks_stop_early_together(tmp_path: Path) -> None:
     assert on_ranks(early_on_a_rank, tmp_path) == [5, 5]
 
 
+EVALUATION = "Evaluation at first and at times, and a test at the end"
+
+
 def test_evaluation_now_and_then(tmp_path: Path) -> None:
-    run = recipe("Evaluation every so many epochs, and a test after the last")["run"]
-    rarely = type(
-        "Rarely",
-        (Solver,),
-        {
-            "run": run,
-            "test": Solver.valid,
-            "policy": Policy(last=1, best="min valid.loss"),
-        },
-    )
-    for solver in interrupted(rarely, tmp_path):
+    parts = {
+        "run": recipe(EVALUATION)["run"],
+        "test": Solver.valid,
+        "policy": Policy(last=1, best="min valid.loss"),
+    }
+    for solver in interrupted(type("Rarely", (Solver,), parts), tmp_path):
         stages = [[*epoch] for epoch in solver.history]
-        train, valid = ["train"], ["train", "valid"]
-        assert stages == [train, train, valid, train, [*valid, "test"]]
+        train = ["train"]
+        assert stages == [["untrained", *train], *3 * [train], [*train, "valid"], ["test"]]
         assert len([*solver.folder.glob("checkpoint*.th")]) <= 2
+
+
+def early_with_test(folder: Path) -> list[list[str]]:
+    """Stop early, and test then, on each rank; return the stages of each epoch."""
+    torch.set_num_threads(1)
+    [loop] = re.findall(r"`(while .*stalled.*)` in `run`", README.read_text())
+    names = recipe("Early stopping") | {"valid": 0}
+    block = recipe_text(EVALUATION).replace("while self.epoch <= self.cfg.epochs:", loop)
+    exec(block, names)
+
+    class Early(Solver):
+        run = names["run"]
+        policy = Policy(best="min valid.loss")
+
+        def valid(self) -> dict[str, float]:
+            return {"loss": [9.0, 3.0, 2.0, 2.5, 2.1, 2.2, 1.0][self.epoch]}
+
+        def test(self) -> dict[str, float]:
+            return {"epoch": self.epoch}
+
+    for _ in range(2):  # the second has nothing left to do
+        solver = Early(folder, {})
+        solver.cfg.valid_every = 1
+        solver.run()
+    return [[*epoch] for epoch in solver.history]
+
+
+def test_early_stopping_with_a_test_at_the_end(tmp_path: Path) -> None:
+    both = ["train", "valid"]
+    wanted = [["untrained", *both], both, both, both, both, ["test"]]
+    assert on_ranks(early_with_test, tmp_path) == [wanted, wanted]
 
 
 class Spread(Solver):
