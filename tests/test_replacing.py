@@ -12,7 +12,8 @@ from .conftest import ROOT, Copy
 
 EXAMPLES = json.loads((ROOT / "cookiecutter.json").read_text())["example"]
 
-# A project of one's own: a line, through noise.
+# A project of one's own: a line, through noise. It validates now and then, tests at the end, and
+# has functions without types, as research code does.
 OWN = {
     "data.py": """
 import torch
@@ -22,10 +23,16 @@ def load() -> torch.utils.data.TensorDataset:
     return torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
 """,
     "model.py": """
+import sklearn
 import torch
 
-class Line(torch.nn.Linear):
-    pass
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = torch.nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(x)
 """,
     "schema.py": """
 from dataclasses import dataclass
@@ -61,11 +68,25 @@ class Solver(BaseSolver):
     def __init__(self, cfg: Config, xp: XP | None = None) -> None:
         super().__init__(xp)
         self.cfg = cfg
-        self.model = Line(2, 1)
+        self.model = Line()
         self.optim = torch.optim.SGD(self.model.parameters(), lr=cfg.optim.lr)
         self.loader = loader(load(), 8, shuffle=True, limit=cfg.length)
         self.register_stateful("model", "optim")
         self.init_trackers(cfg.trackers)
+
+    def run(self):
+        with self.running():
+            while self.epoch <= self.cfg.epochs:
+                self.run_stage("train", self.train)
+                if self.epoch % 2 == 0:
+                    self.run_stage("valid", self.valid)
+                self.commit()
+            if "test" not in self.history[-1]:
+                self.run_stage("test", self.test)
+                self.commit()
+
+    def test(self):
+        return {"frechet": self.valid()["loss"]}
 
     def train(self) -> dict[str, float]:
         steps = self.steps(self.loader)
@@ -96,6 +117,12 @@ optim: {lr: 0.1}
 slurm: {gpus: 1}
 dora: {dir: "${oc.env:MY_RESEARCH_DIR,outputs}", exclude: [device, detect_anomaly, trackers]}
 """,
+    "config/experiment/far.yaml": """# @package _global_
+# dora run experiment=far
+# Expected: test frechet <= 0.1
+
+optim: {lr: 0.2}
+""",
     "config/debug/limit.yaml": """# @package _global_
 # dora run debug=limit
 
@@ -125,14 +152,31 @@ def test_an_example_is_replaced(example: str, copy: Copy, tmp_path: Path) -> Non
     assert first == "rm -rf outputs"
     subprocess.run(["bash", "-euc", "\n".join(others)], cwd=project, check=True)
     for name, text in OWN.items():
-        (project / "my_research" / name).write_text(text)
+        path = project / "my_research" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
     assert "has changed since its last checkpoint" in run(project, *dora, code=1)
     subprocess.run(["bash", "-euc", first], cwd=project, check=True)
     assert "is complete" in run(project, *dora)
     left = [*project.glob("my_research/config/**/*.yaml"), *project.glob("tests/test_*.py")]
     assert sorted(path.name for path in left) == [
-        *("anomaly.yaml", "config.yaml", "limit.yaml", "test_config.py", "test_train.py")
+        *("anomaly.yaml", "config.yaml", "far.yaml", "limit.yaml"),
+        *("test_config.py", "test_train.py"),
     ]
     # By now the projects are alike, but for the grid.
     some = [] if example == "digits" else ["-k", "killed or head or wrong"]
     run(project, "-m", "pytest", "-q", "tests", *some)
+    if example == "digits":
+        check_types(project)
+
+
+def check_types(project: Path) -> None:
+    """Accept functions without types in one's own files, and not in the core or the tools."""
+    mypy = ["-m", "mypy", "--cache-dir", str(project / "cache")]
+    assert "Success" in run(project, *mypy)
+    for name in ("core/utils.py", "tools/runs.py", "core/tests/test_data.py"):
+        path = project / "my_research" / name
+        text = path.read_text()
+        path.write_text(text + "\n\ndef untyped(x):\n    return x\n")
+        assert "Function is missing a type annotation" in run(project, *mypy, code=1)
+        path.write_text(text)

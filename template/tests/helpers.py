@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,16 +31,17 @@ def train(folder: Path, *overrides: str) -> Solver:
 
 
 def interrupt(solver: Solver, epoch: int) -> None:
-    """Run, and press Ctrl-C in the validation of an epoch."""
-    valid = Solver.valid
+    """Run, and stop at once after the first stage of an epoch."""
+    run_stage = Solver.run_stage
 
-    def interrupted(solver: Solver) -> dict[str, float]:
+    def interrupted(solver: Solver, *args: Any) -> dict[str, Any]:
+        metrics = run_stage(solver, *args)
         if solver.epoch == epoch:
             raise KeyboardInterrupt
-        return valid(solver)
+        return metrics
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Solver, "valid", interrupted)
+        patch.setattr(Solver, "run_stage", interrupted)
         with pytest.raises(KeyboardInterrupt):
             solver.run()
     assert len(solver.history) == epoch - 1

@@ -25,6 +25,10 @@ def only_history(outputs: Path) -> list[dict[str, Any]]:
     return history
 
 
+def without_durations(history: list[dict[str, Any]]) -> list[Any]:
+    return [{n: {**stage, "duration": 0} for n, stage in epoch.items()} for epoch in history]
+
+
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", "debug=limit", "epochs=3")
 
@@ -32,23 +36,23 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path) -> None:
     resumed = train(tmp_path / "killed", "debug=limit", "epochs=3")
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
-    losses = [[epoch["valid"]["loss"] for epoch in s.history] for s in (whole, resumed)]
-    assert losses[0] == losses[1]
+    assert without_durations(resumed.history) == without_durations(whole.history)
 
 
 def test_two_processes_train_one_run_which_one_then_finds_complete(tmp_path: Path) -> None:
     run("-m", "dora", "run", "-d", "--ddp_workers=2", *QUICK, outputs=tmp_path)
-    assert [sorted(epoch) for epoch in only_history(tmp_path)] == [["train", "valid"]] * 2
+    history = only_history(tmp_path)
+    assert len(history) >= 2
     assert "is complete" in run("-m", "dora", "run", *QUICK, outputs=tmp_path)
-    assert len(only_history(tmp_path)) == 2
+    assert only_history(tmp_path) == history
 
 
 def test_a_run_is_loaded_by_its_signature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main.dora, "dir", tmp_path)
     xp = main.get_xp(QUICK)
     main.init_xp(xp)
-    Solver(xp.cfg, xp).run()
-    loaded = load_solver(xp.sig)
-    assert len(loaded.history) == 2
+    solver = Solver(xp.cfg, xp)
+    solver.run()
+    assert load_solver(xp.sig).history == solver.history
     with pytest.raises(RuntimeError, match="0123abcd"):
         load_solver("0123abcd")
