@@ -1,12 +1,13 @@
 """Merge a version of the template into a project: started by the project's `tools/update.py`.
 
-    python hooks/update.py PROJECT ADDRESS [--set ANSWER=VALUE] [--dry-run]
+    python hooks/update.py PROJECT ADDRESS [--set ANSWER=VALUE] [--example] [--dry-run]
 
 The wanted version is the one that this file is part of. It and the version that the project came
 from, as `.template.json` records, are rendered with the same answers. The difference between the
 two is merged into the project as `git cherry-pick` would, and staged, not committed. The user's
 edits stay; where both sides changed the same lines there are conflict markers, and the exit code is
-1; it is 2 if there is no update, with the reason. `git reset --hard` gives back the start.
+1; it is 2 if there is no update, with the reason. `git reset --hard` gives back the start. The
+files of the example are the user's own, and left alone, but with --example or other answers.
 
 The command line is a contract: projects of any age start this file. They trust the address, but
 not the rest of the record, which comes with a clone of anybody's repo: an answer is data, never
@@ -184,8 +185,12 @@ def check_untracked(root: Path, trial: Path) -> None:
                 raise UpdateError(f"{path} is not committed, and in the way: move it elsewhere")
 
 
-def render_base(project: Path, record: Record, address: str, scratch: Path) -> Path:
-    """Render the version that a project came from, from a confirmed address that still has it."""
+def render_base(project: Path, record: Record, address: str, scratch: Path) -> tuple[Path, Path]:
+    """Render the version that a project came from, from a confirmed address that still has it.
+
+    Returns:
+        The rendered folder, and that of the version.
+    """
     known = git(project, "config", "--get-all", STUB["CONFIRMED"], check=False).splitlines()
     errors = []
     for place in dict.fromkeys((address, record.template)):
@@ -199,13 +204,36 @@ def render_base(project: Path, record: Record, address: str, scratch: Path) -> P
             found = Record.read(base)
             same = found.sha == record.sha if record.sha else str(found) == str(record)
             if head(source) or same:
-                return base
+                return base, source
             errors.append(f"{place} holds {found}")
         except (UpdateError, OSError) as error:
             errors.append(f"{place}: {error}")
     cure = f"say in {RECORD} which commit it was, or where it is as template, and commit that"
     why = "; ".join(errors)
     raise UpdateError(f"{record}, which this project came from, was not found ({why}): {cure}")
+
+
+def of_example(source: Path, answers: Mapping[str, Any]) -> set[Path]:
+    """Return the files that a version of the template renders from the example."""
+    folder = source / "template" / "examples" / str(answers.get("example"))
+    places = {"package": str(answers.get("package_name")), "tests": "tests"}
+    names = [path.relative_to(folder).parts for path in folder.rglob("*") if path.is_file()]
+    return {Path(places[part], *rest) for part, *rest in names if part in places}
+
+
+def leave_alone(names: set[Path], base: Path, wanted: Path) -> None:
+    """Undo the changes to some files between two trees, and name them."""
+    changed = []
+    for name in sorted(names):
+        old, new = base / name, wanted / name
+        if old.exists() != new.exists() or (old.exists() and old.read_bytes() != new.read_bytes()):
+            changed.append(str(name))
+        new.unlink(missing_ok=True)
+        if old.exists():
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(old, new)
+    if changed:
+        print(f"Of the example, and left alone without --example: {', '.join(changed)}")
 
 
 def commit_tree(repo: Path, tree: Path, message: str, *parent: str) -> str:
@@ -255,7 +283,10 @@ def update(project: Path, args: argparse.Namespace, scratch: Path) -> int:
         return 0
     title = ", ".join([f"{record} to {new}", *args.set])
     print(f"Template {title}")
-    base = render_base(project, record, args.address, scratch)
+    base, source = render_base(project, record, args.address, scratch)
+    if not (args.example or args.set):
+        theirs = of_example(source, record.answers) | of_example(ROOT, new.answers)
+        leave_alone(theirs, base, wanted)
     prefix = git(project, "rev-parse", "--show-prefix")
     shutil.copy(project / RECORD, base)
     for tree, name in ((base, "base"), (wanted, "wanted")):
@@ -292,6 +323,7 @@ def main() -> None:
     parser.add_argument("project", type=Path, help="folder of the project")
     parser.add_argument("address", help="where this version comes from, to be recorded")
     parser.add_argument("--set", metavar="ANSWER=VALUE", action="append", default=[])
+    parser.add_argument("--example", action="store_true", help="take the files of the example too")
     parser.add_argument("--dry-run", action="store_true", help="show what would change")
     args = parser.parse_args()
     try:

@@ -161,11 +161,11 @@ def test_edits_are_kept_and_the_rest_follows(
     before = snapshot(project)
 
     assert update(project, "--check", code=1).count("\n") == 1
-    said = update(project, "--dry-run")
+    said = update(project, "--example", "--dry-run")
     assert " M  my_research/net.py\n" in said
     assert snapshot(project) == before
 
-    command = [sys.executable, "-m", "my_research.tools.update"]
+    command = [sys.executable, "-m", "my_research.tools.update", "--example"]
     finish(command, project, versions.env, 0)
     for name in (*CHANGED.values(),):
         path = project / name.replace("model.py", "net.py")
@@ -191,11 +191,25 @@ def test_edits_are_kept_and_the_rest_follows(
     assert versions.new in update(project, "--check")
     assert files(project) == after
 
-    update(project, "--to", f"v{OLD}")
+    update(project, "--example", "--to", f"v{OLD}")
     assert record(project)["commit"] == versions.old
     assert "colour" not in record(project)["answers"]
     commit(project)
     assert files(project).keys() == {k for k in before if "/.git/" not in k}
+
+
+def test_files_of_the_example_are_left_alone(project: Path, update: Update) -> None:
+    mine = project / "my_research" / "model.py"
+    mine.write_text("mine = 1\n")
+    (project / "tests" / "test_digits.py").unlink()
+    commit(project)
+    said = update(project)
+    assert "left alone without --example: my_research/model.py\n" in said
+    assert mine.read_text() == "mine = 1\n"
+    assert not (project / "tests" / "test_digits.py").exists()
+    for name in CHANGED.values():
+        if name != "my_research/model.py":
+            assert (project / name).read_text().startswith(UPSTREAM), name
 
 
 def test_a_clash_is_marked_and_nothing_is_lost(project: Path, update: Update) -> None:

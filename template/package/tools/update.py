@@ -5,6 +5,7 @@
     python -m my_research.tools.update --dry-run             # show what it would do, do nothing
     python -m my_research.tools.update --to v0.2.0           # another tag, branch or commit
     python -m my_research.tools.update --set license=none    # another answer
+    python -m my_research.tools.update --example             # changes of the example's files too
     python -m my_research.tools.update --template ADDRESS    # a folder, git URL or zip elsewhere
 
 This file fetches the wanted version of the template and starts `hooks/update.py` there, which
