@@ -150,7 +150,7 @@ class Formatter:
     """
 
     formats: Mapping[str, str] = field(default_factory=dict)
-    default_format: str = ".3f"
+    default_format: str = ".4g"
     exclude_keys: Sequence[str] = ()
     include_keys: Sequence[str] = ()
     include_formatted: bool = True

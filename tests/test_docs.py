@@ -139,7 +139,7 @@ def start(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     git(repo, "commit", "-qm", "old")
     cookiecutter(repo, folder / "out", env)
     replace(
-        repo / "core" / "metrics.py", 'default_format: str = ".3f"', 'default_format: str = ".5f"'
+        repo / "core" / "metrics.py", 'default_format: str = ".4g"', 'default_format: str = ".5f"'
     )
     for file, line in {"data": "import itertools", "metrics": "import math"}.items():
         replace(repo / "core" / f"{file}.py", f"{line}\n", f"{line}  # newer\n")

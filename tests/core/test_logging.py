@@ -67,13 +67,13 @@ def test_formatter() -> None:
     assert shown == {"acc_top": "50.0%", "loss": "1.00"}
     assert Formatter()(metrics) == {
         "loss": "1.235",
-        "acc": "0.500",
+        "acc": "0.5",
         "n": "3",
         "name": "x",
         "none": "None",
-        "t": "1.000",
+        "t": "1",
     }
-    assert Formatter()({"a": np.float32(2), "b": True}) == {"a": "2.000", "b": "True"}
+    assert Formatter()({"a": np.float32(2), "b": True}) == {"a": "2", "b": "True"}
     assert list(Formatter(include_keys=["l*"])(metrics)) == ["loss"]
     assert list(Formatter({"acc": ".1f"}, include_keys=["l*"])(metrics)) == ["loss", "acc"]
     assert list(Formatter(exclude_keys=["n*", "t"])(metrics)) == ["loss", "acc"]
@@ -89,7 +89,7 @@ def test_progress_lines(total: int, updates: int, lines: int, said: list[str]) -
     assert announced == len(said) == lines
     if lines:
         assert said[-1].startswith(f"Train | {total}/{total} | ")
-        assert said[-1].endswith(f"loss {total - 1:.3f}")
+        assert said[-1].endswith(f"loss {total - 1}")
         assert ("ETA" in said[0]) == (lines > 1)
 
 
@@ -226,7 +226,7 @@ for step in bar:
 def test_a_terminal_shows_a_live_bar_and_files_the_lines(tmp_path: Path) -> None:
     shown = in_a_terminal(f"exec({LOOP!r})", tmp_path)
     assert "Train:  75%" in shown
-    assert "loss 0.333" in shown
+    assert "loss 0.3333" in shown
     assert "INFO\x1b[0m] - a line of its own" in shown
     assert "Train | " not in shown
     lines = (tmp_path / "solver.log.0").read_text()
@@ -340,7 +340,7 @@ def test_no_step_waits_for_the_device(caplog: pytest.LogCaptureFixture) -> None:
         Unread.readable = step == 599  # a line follows
     assert found == {"x": 1.0, "step": 299.5}
     assert found.sums() == {"x": (1200, 1200), "step": (359400, 1200)}
-    assert "x 1.000" in caplog.text
+    assert "x 1 |" in caplog.text
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
@@ -633,7 +633,7 @@ def test_results_reach_trackers_and_failures_are_said_once(tmp_path: Path, said:
     for epoch in (1, 2):
         results.log_metrics("train", {"loss": torch.tensor(2.0)}, epoch)
     assert sum("Broken" in line for line in said) == 1
-    assert any("Train Summary | Epoch 2 | loss 2.000" in line for line in said)
+    assert any("Train Summary | Epoch 2 | loss 2" in line for line in said)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     with pytest.raises(ValueError, match=r"\[C, H, W\].*\(5, 5\)"):
         results.log_image("train", "x", torch.zeros(5, 5), 1)

@@ -51,7 +51,7 @@ def test_an_end_tells_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     solver.run()
     losses = [epoch["train"]["loss"] for epoch in solver.history]
     at = losses.index(min(losses)) + 1
-    assert f"train.loss in epoch {at}" in caplog.messages[-1]
+    assert f"train.loss in epoch {at}" in caplog.messages[-2]
 
 
 def test_a_resumed_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
