@@ -184,12 +184,12 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """Test and measure on the GPU that the PyTorch of this Python sees; skipped without one."""
+    """Test and measure on a GPU, with the PyTorch of the Python that runs nox; else skipped."""
     code = "import torch; print(torch.__file__) if torch.cuda.is_available() else exit(1)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if found.returncode != 0:
-        session.skip(f"the PyTorch of {sys.executable} sees no GPU")
-    session.run(sys.executable, "-m", "venv", str(ENVIRONMENTS / "gpu"))
+        session.skip(f"{sys.executable} has no PyTorch that sees a GPU {found.stderr[-200:]}")
+    session.run(sys.executable, "-m", "venv", "--clear", str(ENVIRONMENTS / "gpu"))
     python = str(ENVIRONMENTS / "gpu" / "bin" / "python")
     [packages] = (ENVIRONMENTS / "gpu" / "lib").glob("python*/site-packages")
     (packages / "torch.pth").write_text(str(Path(found.stdout.strip()).parents[1]))

@@ -119,7 +119,7 @@ class Writer:
     The memory of a copy is used again for the next state, as new memory takes time.
 
     Args:
-        shards: folder for sharded tensors; by default rank zero gathers one after the other.
+        shards: folder for sharded tensors; by default, rank zero gathers them, one at a time.
     """
 
     def __init__(self, shards: Path | None = None) -> None:
@@ -128,7 +128,7 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def submit(self, state: StateDict, write: Callable[[StateDict], None]) -> None:
-        """Copy the state, and `write` the copy on rank zero, later; all ranks must take part."""
+        """Copy the state; later, `write` the copy on rank zero. All ranks must take part."""
         self.wait()
         spare, self._copies = self._copies, {}
         sources: list[torch.Tensor] = []  # alive until all are copied, or two may share an address
@@ -136,7 +136,7 @@ class Writer:
 
         def part(tensor: Any, name: str) -> Any:
             if hasattr(tensor, "placements"):
-                return shards.add(name, tensor, copy) if shards else gathered(tensor)
+                return shards.add(name, tensor, copy) if shards else gathered(tensor, False)
             return copy(tensor) if distrib.is_rank_zero() else tensor
 
         def copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,7 @@ class Writer:
     def _shards(self) -> Any:
         if self._folder is None or not distrib.is_distributed():
             return None
-        from .sharded import Shards  # the import takes long
+        from .sharded import Shards  # a slow import
 
         return Shards(self._folder)
 
@@ -181,7 +181,12 @@ class Writer:
     def settle(self) -> None:
         """Wait for the write in flight, if any; log its error."""
         try:
+            if self._folder is not None and self._pending is not None:
+                self._pending.exception(distrib.GRACE)  # by all ranks, of which one may hang
             self.wait()
+        except TimeoutError:
+            logger.critical("A save does not end, as another rank hangs: see its log")
+            os._exit(1)
         except Exception as error:
             logger.error("%s", error)
 
@@ -228,7 +233,7 @@ def save(
             why = why.__context__
         raise CheckpointError(
             f"epoch {epoch} could not be saved to {path}: {why or error}; "
-            "earlier checkpoints are intact: mend the cause, then resume with the same command"
+            "earlier checkpoints are intact: fix the cause, then resume with the same command"
         ) from error
     if is_commit:
         _prune(path, history, policy, best)
@@ -281,6 +286,10 @@ def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy, best: 
         logger.warning(note, policy.best, ", ".join(flatten(history[-1] if history else {})))
     for epoch in files.keys() - wanted:
         files[epoch].unlink()
+    if any(path.parent.glob("shards.*")):
+        from .sharded import prune
+
+        prune(path.parent)
 
 
 # --------------------------------------------------------------------------------------- reading
@@ -289,9 +298,9 @@ def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy, best: 
 def load(path: Path, read_only: bool = False) -> StateDict | None:
     """Read the latest whole checkpoint; all ranks must take part.
 
-    Tensors are on the CPU, in memory that is mapped to the file. Nothing in a file is executed. A
-    damaged file is set aside under another name, never deleted, as soon as an older file can be
-    resumed from.
+    Tensors are on the CPU, memory-mapped to the file, which rank zero verifies. Nothing in a file
+    is executed. A damaged file is set aside under another name, never deleted, as soon as an older
+    file can be resumed from.
 
     Args:
         path: of the latest.

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset
 
 from . import distrib, workers
 from .rng import Position, accelerator, derive_seed, position
+from .streams import StreamEpochs, StreamShard
 from .utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -62,15 +63,16 @@ def loader(
         args, kwargs: of `klass` after the dataset; batch size per rank, memory pinned on a GPU.
         klass: `torch.utils.data.DataLoader`, or a class with the same arguments.
         seed: of the order, and of the random numbers drawn in workers.
-        updates_per_epoch: batches in an epoch, from an endless sequence of shuffled datasets.
+        updates_per_epoch: batches in an epoch, from an endless sequence of shuffled datasets, or
+            from where a stream was left.
         sampler: a subclass of `EpochSampler` with another `order`.
         limit: use only the first n batches of the dataset; 0 for all.
     """
     size = kwargs.get("batch_size", args[0] if args else 1)
-    ordered = shuffle or sampler or limit or updates_per_epoch is not None
-    _check(dataset, ordered, sampler, limit, kwargs | {"batch_size": size})
-    if isinstance(dataset, IterableDataset):
-        dataset = _IterableShard(dataset)
+    _check(dataset, shuffle or sampler or limit, sampler, limit, kwargs | {"batch_size": size})
+    is_stream = isinstance(dataset, IterableDataset)
+    if is_stream:
+        dataset = StreamShard(dataset)
     else:
         batch = (size or 1) * distrib.world_size()
         if limit or not hasattr(dataset, "__dict__"):  # such as a list: workers set an attribute
@@ -80,7 +82,8 @@ def loader(
         kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples, multiple)
     kwargs.setdefault("generator", torch.Generator().manual_seed(seed))  # else the global one
     kwargs.setdefault("pin_memory", _pins(dataset))
-    return klass(dataset, *args, **workers.options(seed, kwargs))
+    batches = klass(dataset, *args, **workers.options(seed, kwargs))
+    return StreamEpochs(batches, updates_per_epoch) if is_stream and updates_per_epoch else batches
 
 
 def _pins(dataset: object) -> bool:
@@ -190,35 +193,6 @@ class EpochSampler(Sampler[int]):
         if len(order) != (size := len(self.dataset)):
             raise ValueError(f"{type(self).__name__}.order: {len(order)} indices, {size} examples")
         return order
-
-
-class _IterableShard(IterableDataset[Any]):
-    """Every n-th example of an iterable dataset, n being the number of workers of all ranks.
-
-    A dataset that asks `get_worker_info` for the number of workers deals out its examples itself,
-    and is told of the workers of all ranks.
-    """
-
-    def __init__(self, dataset: IterableDataset[Any]) -> None:
-        self.dataset = dataset
-        # Known here, but not in a worker process.
-        self.rank, self.world_size = distrib.rank(), distrib.world_size()
-
-    def __len__(self) -> int:
-        return len(range(self.rank, len(cast(Sized, self.dataset)), self.world_size))
-
-    def __iter__(self) -> Iterator[Any]:
-        number, count = self.rank, self.world_size
-        info: Any = get_worker_info()
-        if isinstance(info, workers.WorkerOfAll):
-            number, count = info.id, info.count
-        elif info is not None:
-            number, count = number * info.num_workers + info.id, count * info.num_workers
-        examples = iter(self.dataset)
-        first = [*itertools.islice(examples, 1)]  # a generator asks for its worker only now
-        if getattr(info, "was_asked", False):
-            number, count = 0, 1
-        yield from itertools.islice(itertools.chain(first, examples), number, None, count)
 
 
 distrib.loader = loader  # where Flashy's users look for it

@@ -27,11 +27,19 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     own = module.state_dict()
     names = {original_name(module, n): n for n in (*getattr(own, "_metadata", {}), *own)}
     state = _renamed(state, lambda name: names.get(name, name))
+    keeps = any(map(_loads_by_itself, module.modules()))
     for name in own.keys() & state.keys():
         state[name] = shard_like(own[name], state[name])
-        if hasattr(own[name], "placements"):  # one by one, as all shards are a second model
+        if hasattr(own[name], "placements"):  # one by one: all shards would be a second model
             state[name] = own[name].detach().copy_(state[name])
+        elif keeps or not isinstance(own[name], torch.Tensor):  # may keep what it is given
+            state[name] = deepcopy(state[name])
     module.load_state_dict(state)
+
+
+def _loads_by_itself(module: nn.Module) -> bool:
+    """Return whether a module loads its tensors its own way, such as a quantization observer."""
+    return not type(module)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
 
 
 def original_name(module: nn.Module, name: str) -> str:
@@ -54,22 +62,23 @@ def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str
     return renamed
 
 
-def gathered(tensor: Any) -> torch.Tensor:
-    """Gather a sharded tensor in the host memory of rank zero; the others get its shape on "meta".
+def gathered(tensor: Any, everywhere: bool = True) -> torch.Tensor:
+    """Gather a sharded tensor in host memory; return any other as it is.
 
-    All ranks must take part. Any other tensor is returned as it is.
+    All ranks must take part. Without `everywhere`, those above zero get an empty tensor of its
+    shape, on the device "meta".
     """
     if not hasattr(tensor, "placements"):
         return tensor  # type: ignore[no-any-return]
     whole: torch.Tensor = tensor.full_tensor()
-    return whole.to("cpu" if distrib.is_rank_zero() else "meta")
+    return whole.to("cpu" if everywhere or distrib.is_rank_zero() else "meta")
 
 
 def shard_like(own: Any, saved: Any) -> Any:
-    """Return a saved tensor, of which a rank gets its shard if `own` is sharded.
+    """Return a saved tensor, or this rank's shard if `own` is sharded.
 
     Args:
-        own: of this rank, such as of `fully_shard`.
+        own: this rank's tensor, such as a parameter under `fully_shard`.
         saved: a whole tensor, or one that `sharded.py` reads.
     """
     if hasattr(saved, "read"):
@@ -100,8 +109,7 @@ def fit_module(module: nn.Module, state: Any, name: str) -> tuple[Any, list[str]
     """Return the fitting part of a state, and the misfits; some modules resize their tensors."""
     own = module_state(module)
     for path, part in module.named_modules(remove_duplicate=False):
-        loads = type(part)._load_from_state_dict.__module__
-        resizes = not loads.startswith("torch.nn.modules.")  # such as a quantization observer
+        resizes = _loads_by_itself(part)
         for key in [*part._buffers, "_extra_state"] if resizes else ["_extra_state"]:
             known = original_name(module, f"{path}.{key}".removeprefix("."))
             if known in own and known in state:

@@ -54,12 +54,13 @@ def add_own(
         if parameter.requires_grad
     }
     _warn([keys for keys in ranks[0] if keys in weights], ranks)
-    names = dict.fromkeys(keys[0] for keys in parts if keys[0] not in modules)
+    sharded = {keys[0] for keys, part in parts.items() if hasattr(part, "placements")}
+    names = dict.fromkeys(k[0] for k in parts if k[0] not in modules and k[0] not in sharded)
     whole = [name for name in names if _keys(sums, name) != _keys(ranks[0], name)]
     own: list[tuple[Keys, Any]] = [((name,), state[name]) for name in whole]
     for keys, part in parts.items():
-        if keys not in weights and keys[0] not in whole and sums[keys] != ranks[0].get(keys):
-            own.append((keys, part))
+        if keys in ranks[0] and keys not in weights and keys[0] not in whole:
+            own += [(keys, part)] if sums[keys] != ranks[0][keys] else []
     found: list[Any] = [None] * len(entries)
     sent = to_plain(own, copy=lambda tensor, _: tensor.cpu())
     dist.gather_object(sent, found if distrib.is_rank_zero() else None)
@@ -83,10 +84,9 @@ def restore_own(state: Mapping[str, Any], ranks: list[dict[str, Any]]) -> None:
 
 
 def _parts(value: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
-    """Yield the parts of nested dicts and lists, with the keys that lead there; no shards."""
+    """Yield the parts of nested dicts and lists, with the keys that lead there."""
     if not isinstance(value, (dict, list)) or not value:
-        if not hasattr(value, "placements"):
-            yield keys, value
+        yield keys, value
         return
     for key, part in value.items() if isinstance(value, dict) else enumerate(value):
         yield from _parts(part, (*keys, key))
@@ -112,6 +112,9 @@ def _checksums(parts: Mapping[Keys, Any]) -> Sums:
     """Return a checksum of each part, of tensors by their bits; waits once for each device."""
     sums: dict[Keys, Any] = {}
     for keys, part in parts.items():
+        if hasattr(part, "placements"):  # sharded: no two ranks have the same
+            sums[keys] = 0
+            continue
         if not isinstance(part, torch.Tensor) or part.layout != torch.strided or part.is_quantized:
             sums[keys] = zlib.crc32(pickle.dumps(part))
             continue

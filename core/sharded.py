@@ -1,12 +1,13 @@
 """Sharded checkpoints: each rank writes and reads its shards of a model (optional).
 
 The tensors of `fully_shard` go to a folder beside the checkpoint, through
-`torch.distributed.checkpoint`. The checkpoint has their shapes on the device "meta", and name and
-checksums of the folder. As the checkpoint is renamed last, there are both, or neither.
+`torch.distributed.checkpoint`. The checkpoint holds their shapes (tensors on "meta"), and the
+folder's name and checksums. It is renamed into place last, so both exist or neither does.
 """
 
 from __future__ import annotations
 
+import functools
 import pickle
 import shutil
 import uuid
@@ -35,27 +36,22 @@ MODULES = {parts.__name__, FileSystemReader.__module__, "pathlib", "pathlib._loc
 MODULES |= {"torch", "torch.serialization"}
 CLASSES = {*parts.__all__, "_MEM_FORMAT_ENCODING", "_StorageInfo", "PosixPath"}
 CLASSES |= {"Size", "_get_layout"}
-
-_groups: dict[Any, Any] = {}  # for writing in the background, by the process group
+CLASSES -= {"BytesStorageMetadata"}  # of entries that would be unpickled
 
 StateDict = dict[str, Any]
 
 
 class Shards:
-    """The shards of this rank in one checkpoint; all ranks must make one at the same time."""
+    """The shards of this rank in one checkpoint. All ranks must create theirs together."""
 
     def __init__(self, run: Path) -> None:
         self.folder = run / distrib.broadcast_object(f"shards.{uuid.uuid4().hex[:12]}")
         self.tensors: dict[str, Any] = {}  # sharded
         self.copies: dict[str, torch.Tensor] = {}  # of this rank's shards, in host memory
-        main = dist.group.WORLD
-        if main not in _groups:
-            _groups.clear()
-            _groups[main] = dist.new_group(backend="gloo")
-        self.group = _groups[main]
+        self.group = _group(dist.group.WORLD)
 
     def add(self, name: str, tensor: Any, copy: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        """Add a sharded tensor, and copy this rank's shard; return its place in a state."""
+        """Add a sharded tensor, and copy this rank's shard; return a placeholder for a state."""
         self.tensors[name], self.copies[name] = tensor, copy(tensor.to_local())
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
@@ -67,7 +63,7 @@ class Shards:
         state["shards"] = self._save()
         if distrib.is_rank_zero():
             write(state)
-            self._prune()
+            prune(self.folder.parent)
 
     def _save(self) -> StateDict:
         """Save the shards, durably; return the entry of the checkpoint."""
@@ -78,36 +74,62 @@ class Shards:
             rank, (why, _) = next(iter(error.failures.items()))
             raise UserError(
                 f"the shards of rank {rank} could not be saved to {self.folder}: {why}; "
-                "earlier checkpoints are intact: mend the cause, then resume with the same command"
+                "earlier checkpoints are intact: fix the cause, then resume with the same command"
             ) from None
-        rank = distrib.rank()
-        mine = [*self.folder.glob(f"__{rank}_*"), *([] if rank else [self.folder / ".metadata"])]
         found: list[Any] = [None] * distrib.world_size()
-        dist.all_gather_object(found, {path.name: _checksum(path) for path in mine}, self.group)
+        dist.all_gather_object(found, self._checksums(), self.group)
+        files = {name: value for theirs in found for name, value in theirs.items()}
+        lost = [name for name in files if not (self.folder / name).exists()]
+        if distrib.is_rank_zero() and (lost or None in files.values()):
+            raise UserError(
+                f"{self.folder} lacks {', '.join(lost) or 'readable files'}: checkpoint.sharded "
+                "needs a folder that all nodes share"
+            )
         for folder in (self.folder, self.folder.parent):
             sync_folder(folder)
-        files = {name: value for theirs in found for name, value in theirs.items()}
         return {"folder": self.folder.name, "files": files}
 
-    def _prune(self) -> None:
-        """Delete other shards of the run, but for those of which a checkpoint tells."""
-        kept = set()
-        for path in self.folder.parent.glob("*.th"):
-            with suppress(Exception):
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                kept.add(state["shards"]["folder"])
-        for folder in self.folder.parent.glob("shards.*"):
-            if folder.name not in kept:
-                shutil.rmtree(folder)
+    def _checksums(self) -> dict[str, int | None]:
+        """Return the checksums of this rank's files; None for one that can't be read."""
+        found: dict[str, int | None] = {}
+        rank = distrib.rank()
+        names = (f"__{rank}_*", ".metadata") if rank == 0 else (f"__{rank}_*",)
+        for path in (path for name in names for path in self.folder.glob(name)):
+            found[path.name] = None
+            with suppress(OSError):
+                found[path.name] = _checksum(path)
+        return found
+
+
+@functools.lru_cache(1)
+def _group(main: Any) -> Any:
+    """Return a group for collectives in the background."""
+    return dist.new_group(backend="gloo")
+
+
+def prune(run: Path) -> None:
+    """Delete the shard folders of a run to which no checkpoint refers."""
+    kept = set()
+    for path in run.glob("*.th"):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            kept.add(state["shards"]["folder"])
+        except (OSError, MemoryError):  # it may be readable the next time
+            return
+        except Exception:
+            continue  # damaged, or without shards
+    for folder in run.glob("shards.*"):
+        if folder.name not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def attach(state: StateDict, run: Path, verify: bool) -> None:
-    """Let tensors in shards be read from a state, by `shard_like`.
+    """Make the sharded tensors of a state readable by `shard_like`.
 
     Args:
         state: as in the file.
         run: the folder of the file.
-        verify: raise ValueError if a checksum is not that of the file.
+        verify: raise ValueError if a checksum does not match.
     """
     about = state.pop("shards")
     folder = run / about["folder"]
@@ -125,7 +147,7 @@ def attach(state: StateDict, run: Path, verify: bool) -> None:
 
 
 class _Copies(DefaultSavePlanner):
-    """Plans by sharded tensors, and writes copies of their shards."""
+    """Plans from the sharded tensors, and writes the copies of their shards."""
 
     def __init__(self, copies: Mapping[str, torch.Tensor]) -> None:
         super().__init__(**OWN)

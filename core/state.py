@@ -11,7 +11,7 @@ import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from operator import attrgetter, methodcaller
 from typing import Any, Protocol, TypeVar
@@ -77,8 +77,10 @@ class Adapter:
 
 def _load_optimizer(optim: Optimizer, state: Mapping[str, Any]) -> None:
     params = [p for group in optim.param_groups for p in group["params"]]
+    if any(hasattr(param, "placements") for param in params):
+        optim.state.clear()  # no room for two states
     states = {
-        i: {k: shard_like(params[i], v) for k, v in about.items()}
+        i: {k: _own_value(params[i], v) for k, v in about.items()}
         for i, about in state["state"].items()
     }
     optim.load_state_dict({**state, "state": states})
@@ -90,6 +92,10 @@ def _load_optimizer(optim: Optimizer, state: Mapping[str, Any]) -> None:
             kept = now is state["state"][i][key]
             if isinstance(now, torch.Tensor) and (now.dtype != saved.dtype or kept):
                 ours[key] = saved.to(now.device, copy=True)
+
+
+def _own_value(param: torch.Tensor, value: Any) -> Any:
+    return shard_like(param, value) if isinstance(value, torch.Tensor) else deepcopy(value)
 
 
 def _fit_optimizer(optim: Optimizer, state: Any, name: str) -> tuple[Any, Problems]:
@@ -183,7 +189,7 @@ class AttributeWrapper:
 
     @property
     def fits(self) -> bool:
-        """Whether the value has tensors of its own, into which a fitting state is copied."""
+        """Whether a loaded state is copied into the value's own tensors."""
         return self.adapter.fit is not fit or hasattr(self.value, "fit_state")
 
     def load_state_dict(self, state: Any) -> None:
@@ -230,7 +236,7 @@ def _marked(tensor: Any, name: str) -> Any:
 
 
 def _owned(tensor: Any) -> Any:
-    """Return a copy of a tensor of a file, for an object that would keep the tensor itself."""
+    """Return a copy of a tensor read from a file, for an object that keeps what it is given."""
     return shard_like(None, tensor).clone()
 
 
@@ -273,7 +279,7 @@ class StateManager:
 
     @contextmanager
     def keeping_shards(self) -> Iterator[None]:
-        """Leave tensors of modules and optimizers sharded in the body, else whole on rank zero."""
+        """In the body, leave the tensors of modules and optimizers sharded, not gathered."""
         self.keeps_shards = True
         try:
             yield

@@ -46,7 +46,7 @@ def _best(path: Path) -> StateDict | None:
     is_newest = about["best"] == about["epoch"] and about["commit"]
     if (file := newest if is_newest else older.get(about["best"])) is None:
         raise UserError(f"{path.parent} keeps no best checkpoint: set checkpoint.best")
-    return checkpoint.read(file)
+    return checkpoint.read(file, mmap=True)
 
 
 def load_part(

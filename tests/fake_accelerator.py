@@ -9,7 +9,7 @@ Like a GPU, a fake device
 - notes when the host waits: see `syncs`;
 - lets copies to pinned memory arrive only when something waits for them;
 - has generators, a current device for each thread, streams and events;
-- reduces and broadcasts over ranks, and never says that a rank does not come;
+- reduces and broadcasts over ranks, and never reports a missing rank;
 - reports a failed assertion when something waits next.
 
 Operators run at once and in their order. `device="fake"` without an index is the first device where
@@ -479,7 +479,7 @@ def _caller(name: str) -> Callable[..., Any]:
 
 
 def _collective(name: str) -> Callable[..., Any]:
-    """Return a kernel for tensors of a device: gloo has their memory, and the host waits for it."""
+    """Return a kernel for tensors of a device: gloo works on their memory, and the host waits."""
     op = getattr(torch.ops.c10d, name).default
 
     def kernel(values: list[torch.Tensor], *args: Any) -> Any:

@@ -68,7 +68,7 @@ def main(
         seconds=f"{quantile(seconds, 0.5):.1f}",
         most_seconds=f"{quantile(seconds, 0.99):.1f}",
         damaged=damage.table(found),
-        controls=", ".join(name.removeprefix("checkpoint.") for name in controls.CONTROLS),
+        controls=len(controls.CONTROLS),
     )
     (DOCS / "reliability.md").write_text(page)
     lost = sum(result.outcome == faults.LOST for result in results)

@@ -21,7 +21,6 @@ from torch.utils.data import TensorDataset
 from core import BaseSolver, checkpoint, distrib
 from core.checkpoint import Policy
 from core.data import loader
-from core.distrib import board
 from core.ema import EMA
 from core.plain import from_plain
 from core.stop import Stopped
@@ -80,7 +79,7 @@ class Trainer(BaseSolver):
                 self.ema.update()
                 if self.epoch == 2 and steps.step == self.stop > 0:
                     signal.raise_signal(signal.SIGTERM)
-        self.waits += [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+        self.waits += [str(w.message) for w in caught if "synchronizing CUDA op" in str(w.message)]
         return steps.metrics()
 
 
@@ -156,7 +155,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("example", OPTIONS)
-def test_an_example_trains_and_resumes(example: str, copy: Copy, tmp_path: Path) -> None:
+def test_an_example_trains_and_is_loaded(example: str, copy: Copy, tmp_path: Path) -> None:
     project = copy(tmp_path, example=example, tracker="none")
     train = ["-m", "dora", "run", f"device={DEVICE}", *OPTIONS[example]]
     run(project, *train, "epochs=2")
@@ -205,4 +204,3 @@ def disagree() -> str:
 def test_ranks_that_disagree_are_named() -> None:
     found = on_ranks(disagree)
     assert re.search("rank 1 is in average_metrics; rank 0 in all_reduce", found[1]), found
-    assert 2.5 * board.SECONDS < 10

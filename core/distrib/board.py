@@ -9,10 +9,12 @@ from __future__ import annotations
 import itertools
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,16 +26,40 @@ from .ranks import is_distributed, is_rank_zero, rank, world_size
 SECONDS = 2.0  # in one collective, after which a rank tells the others where it is
 
 
+class Call(NamedTuple):
+    """A collective on devices, and one on the CPU beside it.
+
+    Args:
+        name: of the former, with its arguments.
+        work: of the latter.
+        mine: checksum of the name.
+        everyone: checksums of all ranks; all should equal `mine`.
+    """
+
+    name: str
+    work: Any
+    mine: Any = None
+    everyone: Any = ()
+
+    def has_ended(self) -> bool:
+        """Return whether all ranks have reached the collective."""
+        with suppress(RuntimeError):
+            return bool(self.work.is_completed() and self.work.wait())
+        return False  # another rank is gone
+
+
 @dataclass
 class ThisProcess:
     """Knowledge of this process about its group.
 
     Args:
+        pending: collectives on devices that other ranks may not have reached yet.
         broken: a collective failed, and may never end.
         cut_off: the rank with the store of the group is gone.
         meeting_point: returns the address of the group, for torch; `launch.py` knows Dora's.
     """
 
+    pending: deque[Call] = field(default_factory=deque)
     broken: bool = False
     cut_off: bool = False
     meeting_point: Callable[[], str] = lambda: "env://"
@@ -58,7 +84,7 @@ def _ask(method: str, *args: Any) -> Any:
         return None
     try:
         return getattr(_get_default_store(), method)(*args)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         this_process.cut_off = True  # torch writes a page of frames for each failing call
         return None
 
@@ -126,13 +152,15 @@ def wait(work: Any, tensor: torch.Tensor, what: str) -> None:
             work.wait(timedelta(seconds=SECONDS))
             break
         except RuntimeError as error:
-            post(f"status {rank()}", what)
-            now = elsewhere(what)
+            # The host runs ahead of its device: a rank is where its oldest collective is.
+            place = next((call.name for call in [*this_process.pending]), what)
+            post(f"status {rank()}", place)
+            now = elsewhere(place)
             # Twice, for what another rank has posted may be out of date just now. And this
             # collective may have ended well just now, after the time: wait again.
             if ended or (now and before):
                 this_process.broken = True
-                raise differences(what) from error
+                raise differences(place) from error
             before = now
     if before is not None:
         post(f"status {rank()}", "")

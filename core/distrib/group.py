@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..utils import UserError
 from .board import notes, this_process
-from .ranks import accelerator, is_distributed, is_rank_zero, launched, rank, world_size
+from .ranks import device_kind, is_distributed, is_rank_zero, launched, rank, world_size
 from .watch import watch_device
 
 logger = logging.getLogger(__name__)
@@ -42,13 +42,15 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
     """
     if dist.is_initialized() or not is_distributed():
         return
-    found = accelerator()
+    found = device_kind()
     if backend == "nccl" and found != "cuda":
         raise UserError("backend nccl needs CUDA, which is not available: use gloo")
     if found != "cpu":
         if backend in (None, "nccl"):  # objects travel between CPUs, and never wait for a device
             if (name := dist.Backend.default_device_backend_map.get(found)) is None:
-                raise UserError(f"no backend is known for {found}: give one to distrib.init")
+                raise UserError(
+                    f"{found}: PyTorch knows no backend, pass distrib.init(backend=...)"
+                )
             backend = f"cpu:gloo,{found}:{name}"
     elif "OMP_NUM_THREADS" not in os.environ:
         # Processes that each take all cores slow one another down manyfold.

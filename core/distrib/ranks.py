@@ -50,10 +50,10 @@ def rank_zero_only(function: Callable[..., T]) -> Callable[..., T | None]:
     return wrapped
 
 
-def accelerator() -> str:
-    """Return the kind of device that this process would choose; nothing is started on one."""
+def device_kind() -> str:
+    """Return the kind of device this process would use, without initializing one."""
     found = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    return "cpu" if found == "mps" and is_distributed() else found  # it knows no collectives
+    return "cpu" if found == "mps" and is_distributed() else found  # MPS has no collectives
 
 
 def device(name: str = "auto") -> torch.device:
@@ -62,17 +62,20 @@ def device(name: str = "auto") -> torch.device:
     Args:
         name: `auto` (the accelerator, if any), or a device such as `cuda`, `cuda:1` or `cpu`.
     """
-    found = accelerator()
+    found = device_kind()
     name = found if name == "auto" else name
     if name.partition(":")[0] not in ("cpu", found):
         raise UserError(f"device={name}: not available here; use device=cpu or auto")
     if name.startswith("cpu"):
         return torch.device(name)
     count = torch.accelerator.device_count()
-    if (number := launched("LOCAL_RANK", rank() % count)) >= count and ":" not in name:
+    number = launched("LOCAL_RANK", rank() % count)
+    if number >= count > 1 and ":" not in name:
         raise UserError(
-            f"{number + 1} processes or more, but {count} {found}: start fewer, or use device=cpu"
+            f"local rank {number} has no device, there are {count} of {found}: start {count} "
+            "processes at most, or use device=cpu"
         )
+    number %= count  # a launcher may show each process its own device only
     ours = torch.device(name if ":" in name else f"{found}:{number}")
     torch.accelerator.set_device_index(ours.index)
     return ours

@@ -1,7 +1,7 @@
-"""Ranks that wait in a collective of their devices, for ever: named from a thread (optional).
+"""Name ranks that hang in a collective on their devices (optional).
 
-The host does not wait for such a collective. So each has a small one on the CPU beside it, of which
-a thread sees when all ranks have come there.
+The host does not wait for such a collective. Each is therefore paired with a small collective on
+the CPU, and a thread watches whether all ranks have reached that one.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ import logging
 import os
 import threading
 import time
-from collections import deque
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .board import SECONDS, differences, elsewhere, exchange, notes, post, this_process
+from .board import SECONDS, Call, differences, elsewhere, exchange, notes, post, this_process
 from .ranks import rank
 
 logger = logging.getLogger(__name__)
@@ -25,24 +23,8 @@ logger = logging.getLogger(__name__)
 POLL = 0.25  # seconds between two looks
 
 
-class _Call(NamedTuple):
-    name: str
-    work: Any  # of a collective on the CPU
-    mine: Any = None
-    everyone: Any = ()  # should be like mine
-
-    def has_ended(self) -> bool:
-        """Return whether all ranks have come."""
-        with suppress(RuntimeError):
-            return bool(self.work.is_completed() and self.work.wait())
-        return False  # another rank is gone
-
-
-_pending: deque[_Call] = deque()
-
-
 def note_call(tensor: torch.Tensor, name: str, work: Any = None) -> None:
-    """Let the thread see when all ranks have come to a collective of their devices.
+    """Register a collective on a device, for the thread to watch.
 
     Args:
         tensor: of the collective; nothing is done for one on the CPU.
@@ -50,42 +32,44 @@ def note_call(tensor: torch.Tensor, name: str, work: Any = None) -> None:
         work: of a collective on the CPU beside it; by default, one that compares the names.
     """
     if not tensor.is_cpu:
-        _pending.append(_Call(name, work) if work else _Call(name, *exchange(name)))
+        this_process.pending.append(Call(name, work) if work else Call(name, *exchange(name)))
 
 
 def watch_device(kind: str) -> None:
-    """Start the thread, for collectives of a kind of device that the host does not wait for."""
+    """Start the thread, unless the device is the CPU, whose collectives the host waits for."""
+    this_process.pending.clear()
     if kind != "cpu":
         threading.Thread(target=_watch, daemon=True, name="devices").start()
 
 
 def _watch() -> None:
-    """Tell other ranks where this one has waited for long; end it if they are elsewhere."""
+    """Post the collective in which this rank hangs; end it if other ranks are in another one."""
+    pending = this_process.pending
     begin, before, posted = time.monotonic(), False, False
     while dist.is_initialized():
         time.sleep(POLL)
-        while _pending and _pending[0].has_ended():
-            call = _pending.popleft()
+        while pending and pending[0].has_ended():
+            call = pending.popleft()
             begin, before = time.monotonic(), False
             if any(other != call.mine for other in call.everyone):
                 _end(differences(call.name))
-        if not _pending:
+        if not pending:
             begin = time.monotonic()
             if posted:
                 posted = False
                 post(f"status {rank()}", "")
         elif time.monotonic() - begin > SECONDS:
             begin, posted = time.monotonic(), True
-            call = _pending[0]
+            call = pending[0]
             post(f"status {rank()}", call.name)
             now = elsewhere(call.name) or bool(notes("failed"))
-            if call.work.is_completed() or (now and before):
+            if (call.work.is_completed() and not call.has_ended()) or (now and before):
                 _end(differences(call.name))
             before = now
 
 
 def _end(error: Exception) -> None:
-    """End this process, if the main thread does not: it may never come back from its device."""
+    """End this process unless the main thread does, which its device may block for ever."""
     this_process.broken = True
     time.sleep(2 * SECONDS)
     logger.critical("%s", error)

@@ -444,7 +444,7 @@ def test_ranks_on_the_cpu_start_no_device(tmp_path: Path) -> None:
 
 def test_each_rank_has_a_device_of_its_own(tmp_path: Path) -> None:
     *_, third = start_ranks(tmp_path, "print(distrib.device())", ranks=3)
-    assert "3 processes or more, but 2 fake: start fewer" in third.said
+    assert "local rank 2 has no device, there are 2 of fake" in third.said
 
 
 # -------------------------------------------------------------------------------------- failures

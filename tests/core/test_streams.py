@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from core.data import loader
+from core.data import loader, set_epoch
 from core.stop import Stopped
 from core.tests.test_data import Numbers, be_rank
 from core.utils import UserError
@@ -132,6 +132,48 @@ def test_the_seed_of_a_worker_is_given_by_the_epoch_alone() -> None:
     assert [int(seed) for seed in loader(Seeds(), 1, num_workers=1)] == first
 
 
+class Noise(IterableDataset[float]):
+    """Numbers with noise from the generator of a worker; ends after so many."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __iter__(self) -> Iterator[float]:
+        for number in range(self.length):
+            yield number + torch.rand(()).item() / 2
+
+
+def test_epochs_of_a_stream_go_on_where_the_last_one_ended() -> None:
+    made = loader(Endless(), 2, updates_per_epoch=3)
+    assert len(made) == 3
+    seen = {}
+    for epoch in (1, 2, 4, 3, 3):  # as after a resume, and in a second pass
+        set_epoch(epoch)
+        seen[epoch] = [int(number) for batch in made for number in batch]
+        assert seen[epoch] == [*range(6 * (epoch - 1), 6 * epoch)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stream_that_ends_begins_again(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in range(ranks):
+        be_rank(monkeypatch, rank, ranks)
+        made = loader(Whole(0, 5), 1, updates_per_epoch=4)
+        set_epoch(1)
+        first = [int(number) for number in made]
+        set_epoch(2)
+        mine = [*range(rank, 5, ranks)]
+        assert first + [int(number) for number in made] == [
+            *itertools.islice(itertools.cycle(mine), 8)
+        ]
+
+
+def test_a_stream_without_epochs_of_n_updates_is_refused() -> None:
+    with pytest.raises(UserError, match="no batch"):
+        next(iter(loader(Whole(0, 0), 2, updates_per_epoch=3)))
+    with pytest.raises(UserError, match="updates_per_epoch= of a stream"):
+        loader(Whole(), 2, updates_per_epoch=3, klass=StatefulDataLoader)
+
+
 # --------------------------------------------------------------------------- stopped and resumed
 
 
@@ -229,3 +271,46 @@ def test_an_iterator_that_lives_on_is_named(tmp_path: Path) -> None:
 
     with pytest.warns(UserWarning, match="updates_per_epoch"):
         Reader(tmp_path, Cycling()).run()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop_after", [3, 7, 8, 11])
+def test_epochs_of_a_stream_resume(workers: int, stop_after: int, tmp_path: Path) -> None:
+    def make() -> Any:
+        # With workers, numbers are drawn on generators of their own.
+        data = Noise(11) if workers else Whole(0, 11)
+        return loader(data, 2, updates_per_epoch=7, num_workers=workers)
+
+    whole = Reader(tmp_path / "whole", make())
+    whole.run()
+    assert len(whole.seen) == 14
+    stopped = Reader(tmp_path / "parts", make())
+    stopped.stop_after = stop_after
+    with pytest.raises(Stopped):
+        stopped.run()
+    torch.rand(3)
+    resumed = Reader(tmp_path / "parts", make())
+    resumed.run()
+    assert stopped.seen + resumed.seen == whole.seen
+
+
+def test_a_run_goes_on_with_a_stream_in_the_same_process(tmp_path: Path) -> None:
+    whole = Reader(tmp_path / "whole", loader(Endless(), 2, updates_per_epoch=7))
+    whole.run()
+    stopped = Reader(tmp_path / "parts", loader(Endless(), 2, updates_per_epoch=7))
+    stopped.stop_after = 9
+    with pytest.raises(Stopped):
+        stopped.run()
+    stopped.run()
+    assert stopped.seen == whole.seen
+
+
+def test_islice_of_a_stream_is_named(tmp_path: Path) -> None:
+    class Sliced(Reader):
+        def train(self) -> dict[str, float]:
+            for _ in self.steps(itertools.islice(Endless(), 3)):
+                pass
+            return {}
+
+    with pytest.warns(UserWarning, match="islice begins with the same data in each epoch"):
+        Sliced(tmp_path, []).run()
