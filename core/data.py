@@ -63,15 +63,13 @@ def loader(
         args, kwargs: of `klass` after the dataset; batch size per rank, memory pinned on a GPU.
         klass: `torch.utils.data.DataLoader`, or a class with the same arguments.
         seed: of the order, and of the random numbers drawn in workers.
-        updates_per_epoch: batches in an epoch, from an endless sequence of shuffled datasets, or
-            from where a stream was left.
+        updates_per_epoch: batches in an epoch, which goes on where the last one ended.
         sampler: a subclass of `EpochSampler` with another `order`.
         limit: use only the first n batches of the dataset; 0 for all.
     """
     size = kwargs.get("batch_size", args[0] if args else 1)
     _check(dataset, shuffle or sampler or limit, sampler, limit, kwargs | {"batch_size": size})
-    is_stream = isinstance(dataset, IterableDataset)
-    if is_stream:
+    if is_stream := isinstance(dataset, IterableDataset):
         dataset = StreamShard(dataset)
     else:
         batch = (size or 1) * distrib.world_size()

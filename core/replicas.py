@@ -47,12 +47,7 @@ def add_own(
     if len({*distrib.gather_objects(digest, "comparing the state")}) == 1:
         return
     ranks = distrib.gather_objects(sums, "comparing the state")
-    weights = {
-        (name, original_name(module, key))
-        for name, module in modules.items()
-        for key, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
+    weights = {*_weights(modules)}
     _warn([keys for keys in ranks[0] if keys in weights], ranks)
     sharded = {keys[0] for keys, part in parts.items() if hasattr(part, "placements")}
     names = dict.fromkeys(k[0] for k in parts if k[0] not in modules and k[0] not in sharded)
@@ -90,6 +85,14 @@ def _parts(value: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
         return
     for key, part in value.items() if isinstance(value, dict) else enumerate(value):
         yield from _parts(part, (*keys, key))
+
+
+def _weights(modules: Mapping[str, nn.Module]) -> Iterator[Keys]:
+    """Yield the keys of trained parameters."""
+    for name, module in modules.items():
+        for key, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                yield name, original_name(module, key)
 
 
 def _keys(sums: Sums, name: str) -> set[Keys]:

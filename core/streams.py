@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from . import distrib, workers
+from . import distrib
 from .rng import Position, position
 from .utils import UserError
 
@@ -31,7 +31,7 @@ class StreamShard(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         number, count = self.rank, self.world_size
         info: Any = get_worker_info()
-        if isinstance(info, workers.WorkerOfAll):
+        if hasattr(info, "count"):  # of the workers of all ranks, as `workers.py` tells
             number, count = info.id, info.count
         elif info is not None:
             number, count = number * info.num_workers + info.id, count * info.num_workers

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from .. import BaseSolver, checkpoint, distrib
-from ..checkpoint import CheckpointError, Policy, Writer
+from ..checkpoint import CheckpointError, Policy
 from ..utils import UserError
+from ..writer import Writer
 from .processes import on_ranks
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from core import averager, distrib
+from core.distrib import board, watch
 from core.ema import EMA
 from core.modules import load_module_state, module_state
 from core.rng import seed_everything
@@ -290,3 +292,25 @@ def test_seeds_of_ranks_do_not_overlap() -> None:
     assert len({*one, *other}) == 4
     torch.manual_seed(1)
     assert torch.rand(()).item() == one[1]
+
+
+class OnDevice:
+    """A tensor of a device, as far as `note_call` looks."""
+
+    is_cpu = False
+
+
+def come_late() -> dict[str, float]:
+    """Reduce on a device, and go on to a collective on the CPU; rank zero is late for both."""
+    board.SECONDS = watch.SECONDS = 0.3  # type: ignore[attr-defined]
+    watch.watch_device("fake")
+    if distrib.is_rank_zero():
+        time.sleep(12 * board.SECONDS)
+    watch.note_call(OnDevice(), "all_reduce")  # type: ignore[arg-type]
+    found = distrib.average_metrics({"loss": 1.0})  # nobody waits for the device
+    time.sleep(4 * board.SECONDS)
+    return found
+
+
+def test_a_rank_that_is_late_is_not_accused() -> None:
+    assert on_ranks(come_late, ranks=3) == 3 * [{"loss": 1.0}]

@@ -29,7 +29,9 @@ class Solver(BaseSolver):
             fully_shard(self.model, mesh=init_device_mesh("cpu", (distrib.world_size(),)))
         self.optim = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.ema = EMA({"model": self.model}, decay=0.5)
-        self.register_stateful("model", "optim", "ema")
+        first: Any = self.model[0]
+        self.kept = {"first": first.weight.detach().clone()}  # sharded, in a container
+        self.register_stateful("model", "optim", "ema", "kept")
 
     def run(self) -> None:
         with self.running():

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint.metadata as dcp
 
 from core import checkpoint, distrib
+from core.sharded import prune
 from core.tests.processes import on_ranks
 
 from ..commands import Command
@@ -48,17 +50,33 @@ def test_damaged_shards_are_noticed(tmp_path: Path, damage: Callable[[Path], Non
     assert (tmp_path / "damaged" / "checkpoint.damaged-1.th").exists()
 
 
-def test_no_code_in_the_metadata_is_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["code", "entry"])
+def test_no_code_in_the_metadata_is_run(tmp_path: Path, kind: str) -> None:
     run(tmp_path, 1, sharded=True)
     path = tmp_path / "checkpoint.th"
     metadata = shards(path) / ".metadata"
-    metadata.write_bytes(pickle.dumps(Evil(tmp_path / "evil")))
+    # PyTorch would unpickle an entry of bytes.
+    entry = {"model.0.weight": dcp.BytesStorageMetadata()}
+    evil, name = (Evil(tmp_path / "evil"), "mkdir") if kind == "code" else (entry, "BytesStorage")
+    metadata.write_bytes(pickle.dumps(evil))
     state = torch.load(path, weights_only=True)
     state["shards"]["files"][".metadata"] = zlib.crc32(metadata.read_bytes())
     torch.save(state, path)
-    with pytest.raises(pickle.UnpicklingError, match=r"the metadata of shards has a posix\.mkdir"):
+    with pytest.raises(pickle.UnpicklingError, match=f"the metadata of shards has a .*{name}"):
         checkpoint.read(path)
     assert not (tmp_path / "evil").exists()
+
+
+def test_shards_of_a_file_that_cannot_be_read_now_are_kept(tmp_path: Path) -> None:
+    run(tmp_path, 1, sharded=True)
+    kept = shards(tmp_path / "checkpoint.th")
+    (tmp_path / "shards.old").mkdir()
+    (tmp_path / "checkpoint.9.th").mkdir()  # opening it is an OSError
+    prune(tmp_path)
+    assert (tmp_path / "shards.old").exists()
+    (tmp_path / "checkpoint.9.th").rmdir()
+    prune(tmp_path)
+    assert [*tmp_path.glob("shards.*")] == [kept]
 
 
 def fill_the_disk_of_rank_1(folder: Path) -> str:

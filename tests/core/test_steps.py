@@ -1022,3 +1022,41 @@ def test_other_stages_than_before_are_named(tmp_path: Path) -> None:
         solver.run_stage("train", solver.train)
         with pytest.raises(UserError, match=r"'valid'.*'other'"):
             solver.run_stage("other", dict)
+
+
+class Counter(nn.Module):
+    """Has a state that is no tensor, and is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {"count": torch.zeros(1)}
+
+    def get_extra_state(self) -> Any:
+        return self.seen
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seen = state
+
+
+def test_a_state_that_a_module_keeps_is_loaded_again_at_the_cursor(tmp_path: Path) -> None:
+    class Counting(TwoEpochs):
+        def __init__(self, folder: Path) -> None:
+            super().__init__(folder)
+            self.model = Counter()
+            self.register_stateful("model")
+
+        def train(self) -> dict[str, float]:
+            self.model.seen["count"] += 100
+            for step in self.steps(range(3)):
+                self.model.seen["count"] += 1
+                if step == 1 and self.epoch == 2 and not resumed:
+                    ask()
+            return {"count": self.model.seen["count"].item()}
+
+    resumed = False
+    with pytest.raises(Stopped):
+        Counting(tmp_path).run()
+    resumed = True
+    solver = Counting(tmp_path)
+    solver.run()
+    assert [epoch["train"]["count"] for epoch in solver.history] == [103, 206]
