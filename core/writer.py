@@ -19,6 +19,8 @@ from .state import StateDict
 
 logger = logging.getLogger(__name__)
 
+LIMIT = 600.0  # seconds of a write that needs other ranks, after which this process ends
+
 # One thread is enough for a process; Python waits for it before it ends.
 _threads = ThreadPoolExecutor(1, "checkpoint")
 
@@ -97,7 +99,7 @@ class Writer:
         """Wait for the write in flight, if any; log its error."""
         try:
             if self._folder is not None and self._pending is not None:
-                self._pending.exception(distrib.GRACE)  # by all ranks, of which one may hang
+                self._pending.exception(LIMIT)  # of shards: another rank may hang
             self.wait()
         except TimeoutError:
             logger.critical("A save does not end, as another rank hangs: see its log")

@@ -1,5 +1,6 @@
 """The report: runs, as their files tell, in a table, as JSON and on a page."""
 
+import base64
 import json
 import os
 import re
@@ -69,6 +70,62 @@ def test_table(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[0].split() == ["aaaa1111", "0.1", "2/2", "1", "3", "1", "0.5", "0.9", "0.9"]
     assert rows[1].split() == ["bbbb2222", str(LR), "3/4", "2", "4", "2.5", "0.1", "0.7", "0.7"]
     assert str(runs / "report.html") in end
+
+
+def test_chosen_metrics(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history = [{**epoch(1.0), "test": {"frechet": 7.0}}]
+    add_run(runs, "cccc3333", history, epochs=1, optim={"lr": 0.1}, seed=0)
+    head, *_ = said(capsys, "--dir", str(runs))
+    assert head.split()[-3:] == ["test.frechet", "valid.loss", "valid.acc"]
+    chosen = "--metrics", "train.loss", "test.*"
+    head, _, *rows, _ = said(capsys, "--dir", str(runs), *chosen)
+    assert head.split()[-2:] == ["train.loss", "test.frechet"]
+    assert rows[-1].split()[-6:] == ["1", "1", "1", "7", "7", "7"]
+    page = (runs / "report.html").read_text()
+    assert '<th colspan="3">test.frechet</th>' in page
+    with pytest.raises(
+        SystemExit, match=r"no metric is called test\.fid; there are .*test\.frechet"
+    ):
+        report.main(["--dir", str(runs), "--metrics", "test.fid"])
+
+
+def test_tags_and_notes(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = {"epochs": 2, "optim": {"lr": 0.1}, "seed": 0, "workers": 1}
+    add_run(runs, "cccc3333", [epoch(1.0)], tags=["debug"], **about)
+    add_run(runs, "dddd4444", [epoch(1.0)], tags=["paper", "old"], note="for Fig. 2", **about)
+    head, _, *rows, _ = said(capsys, "--dir", str(runs))
+    assert "Left out: 1 debug run," in head
+    assert [row.split()[0] for row in rows[1:]] == ["aaaa1111", "bbbb2222", "dddd4444"]
+    assert "paper old" in rows[-1]
+    assert "for Fig. 2" in rows[-1]
+    for arguments in (["--tag", "debug"], ["cccc3333"]):
+        *_, row, _ = said(capsys, "--dir", str(runs), *arguments)
+        assert row.startswith("cccc3333")
+    found = json.loads("\n".join(said(capsys, "--dir", str(runs), "--json", "--tag", "paper")))
+    assert [run["sig"] for run in found] == ["dddd4444"]
+    with pytest.raises(SystemExit, match="no run has the tag papers"):
+        report.main(["--dir", str(runs), "--tag", "papers"])
+
+
+def test_the_page_shows_the_newest_images_and_sounds(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = runs / "xps" / "aaaa1111" / "outputs"
+    for name in (
+        "valid_9/wrong.png",
+        "valid_10/wrong.png",
+        "valid_10/deep/said.wav",
+        "train_2/a.txt",
+    ):
+        (outputs / name).parent.mkdir(parents=True, exist_ok=True)
+        (outputs / name).write_bytes(name.encode())
+    (outputs / "valid_10" / "huge.png").write_bytes(bytes(2**21))
+    said(capsys, "--dir", str(runs))
+    media = (runs / "report.html").read_text().partition("<h2>Media</h2>")[2]
+    shown = re.findall(r"<figcaption>(.*?)</figcaption>", media)
+    assert shown == ["aaaa1111: valid_10/deep/said.wav", "aaaa1111: valid_10/wrong.png"]
+    [data] = re.findall(r'src="data:image/png;base64,(.*?)"', media)
+    assert base64.b64decode(data) == b"valid_10/wrong.png"
 
 
 def test_json(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,8 @@ class WandB(Tracker):
             project=self.project,
             name=self.name,
             group=self.group,
+            tags=getattr(self.xp.cfg, "tags", None) or None,
+            notes=getattr(self.xp.cfg, "note", None) or None,
             id=self.id,
             dir=self.dir,
             resume="allow",

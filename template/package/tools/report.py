@@ -1,11 +1,14 @@
 """Compare runs: a table in the terminal, and a page of curves that needs no server.
 
-    python -m my_research.tools.report              # all runs
-    python -m my_research.tools.report SIG SIG      # some
-    python -m my_research.tools.report --json       # all, as JSON for scripts
+    python -m my_research.tools.report                            # all runs
+    python -m my_research.tools.report SIG SIG                    # some
+    python -m my_research.tools.report --tag debug                # those with this tag
+    python -m my_research.tools.report --metrics "test.*" "*.acc" # other columns
+    python -m my_research.tools.report --json                     # all, as JSON for scripts
 
 A run is its files: `config.json`, `history.json`, `metrics.jsonl` and `run.json`. Of each metric
-the table has the lowest and the highest value of all epochs, and that of the last.
+the table has the lowest and the highest value of all epochs, and that of the last. Runs tagged
+`debug` are left out, unless named or asked for.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import importlib
 import json
 import math
 import sys
+from base64 import b64encode
 from collections.abc import Sequence
 from datetime import datetime
+from fnmatch import fnmatchcase
 from html import escape
 from pathlib import Path
 from string import Template
@@ -55,11 +60,20 @@ def columns(runs: Sequence[Run], of: str) -> list[str]:
     return sorted(names, key=lambda name: stages.index(name.partition(".")[0]))
 
 
-def choose(names: Sequence[str]) -> list[str]:
-    """Choose metrics for a table: those of `valid`, or else of the last stage; no durations."""
+def choose(names: Sequence[str], wanted: Sequence[str] = ()) -> list[str]:
+    """Choose metrics for a table, by patterns in their order.
+
+    By default those of `valid` and `test`, or else of the last stage, without durations.
+    """
+    if wanted:
+        found = {name: None for pattern in wanted for name in names if fnmatchcase(name, pattern)}
+        if missing := [p for p in wanted if not any(fnmatchcase(name, p) for name in names)]:
+            known = ", ".join(names) or "none"
+            sys.exit(f"report: no metric is called {missing[0]}; there are {known}")
+        return [*found]
     stages = [name.partition(".")[0] for name in names]
-    stage = "valid" if "valid" in stages else "".join(stages[:1])
-    return [n for n in names if n.startswith(f"{stage}.") and not n.endswith(".duration")]
+    shown = {"valid", "test"} & {*stages} or {*stages[:1]}
+    return [n for n in names if n.partition(".")[0] in shown and not n.endswith(".duration")]
 
 
 def row(run: Run, keys: Sequence[str], metrics: Sequence[str]) -> list[str]:
@@ -169,17 +183,32 @@ def starts(runs: Sequence[Run]) -> str:
     return f'<h2>Starts</h2><div class="table">{table}</div>' if rows else ""
 
 
-def page(runs: Sequence[Run], title: str) -> str:
+def media(run: Run) -> str:
+    """Return the newest images and sounds of each stage of a run as a piece of HTML."""
+    figures = []
+    for path in run.media:
+        kind = "image/png" if path.suffix == ".png" else "audio/wav"
+        data = f"data:{kind};base64,{b64encode(path.read_bytes()).decode()}"
+        what = f'<img src="{data}">' if path.suffix == ".png" else f'<audio controls src="{data}">'
+        text = escape(f"{run.sig}: {path.relative_to(run.folder / 'outputs')}")
+        end = "</audio>" if path.suffix == ".wav" else ""
+        figures.append(f"<figure>{what}{end}<figcaption>{text}</figcaption></figure>")
+    return "".join(figures)
+
+
+def page(runs: Sequence[Run], title: str, metrics: Sequence[str]) -> str:
     """Return the whole page, with all that it needs inside."""
     from plotly.offline import get_plotlyjs
 
-    keys, metrics = differences(runs), choose(columns(runs, "epochs"))
+    keys = differences(runs)
     rows = [table_row(i, run, row(run, keys, metrics)) for i, run in enumerate(runs)]
     sections = []
     for of, heading in (("epochs", "By epoch"), ("steps", "By step")):
         charts = "".join(f"<figure>{chart(runs, n, of)}</figure>" for n in columns(runs, of))
         if charts:
             sections.append(f'<h2>{heading}</h2><div class="charts">{charts}</div>')
+    if logged := "".join(map(media, runs)):
+        sections.append(f'<h2>Media</h2><div class="charts">{logged}</div>')
     return Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
         about=f"{len(runs)} run{'s' * (len(runs) > 1)}, {datetime.now():%Y-%m-%d %H:%M}",
@@ -216,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and write the page; see the head of this file."""
     parser = argparse.ArgumentParser(description="Compare runs: a table, and a page of curves.")
     parser.add_argument("sig", nargs="*", help="signatures of runs; all by default")
+    parser.add_argument("--tag", help="only runs with this tag")
+    parser.add_argument("--metrics", nargs="+", default=[], help="such as test.acc or 'test.*'")
     parser.add_argument("--json", action="store_true", help="print the runs as JSON, no more")
     parser.add_argument("--dir", type=Path, help="folder of the runs; the project's by default")
     parser.add_argument("--out", type=Path, help="the page; report.html above the runs by default")
@@ -224,16 +255,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs_in = (args.dir or runs_folder()) / "xps"
     folder = runs_in if runs_in.is_dir() else runs_in.parent
     runs = find_runs(folder, args.sig)
+    if args.tag and not (runs := [run for run in runs if args.tag in run.tags]):
+        sys.exit(f"report: no run has the tag {args.tag}")
     if args.json:
         print(json.dumps([summary(run) for run in runs], indent=2))
         return
-    keys = differences(runs)
-    print(table(runs, keys[:SHOWN_KEYS], choose(columns(runs, "epochs"))))
+    others = [run for run in runs if "debug" not in run.tags]
+    if not (args.sig or args.tag) and 0 < len(others) < len(runs):
+        count = len(runs) - len(others)
+        print(f"Left out: {count} debug run{'s' * (count > 1)}, for --tag debug")
+        runs = others
+    keys, metrics = differences(runs), choose(columns(runs, "epochs"), args.metrics)
+    print(table(runs, keys[:SHOWN_KEYS], metrics))
     if more := keys[SHOWN_KEYS:]:
         print(f"They also differ in {', '.join(map(cell, more))}.")
     out = args.out or folder.parent / "report.html"
     try:
-        write_text(out, page(runs, f"Runs in {folder.parent.resolve().parent.name or folder}"))
+        name = folder.parent.resolve().parent.name or folder
+        write_text(out, page(runs, f"Runs in {name}", metrics))
     except OSError as error:
         sys.exit(f"report: the page can't be written: {error}; choose a place with --out")
     print(f"Curves: {out}")

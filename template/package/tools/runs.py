@@ -54,13 +54,32 @@ class Run:
     def sig(self) -> str:
         return self.folder.name
 
+    @property
+    def tags(self) -> list[str]:
+        """The words in `tags` of the config."""
+        tags = self.config.get("tags")
+        return [str(tag) for tag in tags] if isinstance(tags, list) else []
+
     @cached_property
     def keys(self) -> dict[str, Any]:
-        """The config by dotted keys, without those that make no other run."""
+        """The config by dotted keys, with tags and note, without those that make no other run."""
         flat = flatten(self.config)
         excluded = flat.get("dora.exclude")
         hidden = ["dora.*", "slurm.*", *(excluded if isinstance(excluded, list) else [])]
-        return {k: v for k, v in flat.items() if not any(fnmatchcase(k, str(h)) for h in hidden)}
+        about = {"tags": " ".join(self.tags), "note": flat.get("note") or ""}
+        found = {k: v for k, v in flat.items() if not any(fnmatchcase(k, str(h)) for h in hidden)}
+        return found | about
+
+    @cached_property
+    def media(self) -> list[Path]:
+        """The images and sounds of each stage's newest epoch, none above 2 MB."""
+        newest: dict[str, tuple[int, Path]] = {}
+        for folder in self.folder.glob("outputs/*_*"):
+            stage, _, epoch = folder.name.rpartition("_")
+            if epoch.isdecimal():
+                newest[stage] = max(newest.get(stage, (0, folder)), (int(epoch), folder))
+        found = [path for _, folder in newest.values() for path in sorted(folder.rglob("*"))]
+        return [p for p in found if p.suffix in (".png", ".wav") and p.stat().st_size < 2**21]
 
     @property
     def progress(self) -> str:

@@ -38,6 +38,8 @@ class Config:
     log_updates: int
     log_every: int
     trackers: list[str]
+    tags: list[str]
+    note: str
     samples: int
     data: DataConfig
     model: ModelConfig

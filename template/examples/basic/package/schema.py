@@ -23,6 +23,8 @@ class Config:
     detect_anomaly: bool
     log_updates: int
     trackers: list[str]
+    tags: list[str]
+    note: str
     optim: OptimConfig
     checkpoint: Policy
     slurm: dict[str, Any]

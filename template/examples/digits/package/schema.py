@@ -44,6 +44,8 @@ class Config:
     log_updates: int
     log_every: int
     trackers: list[str]
+    tags: list[str]
+    note: str
     continue_from: str | None
     continue_with: str
     data: DataConfig

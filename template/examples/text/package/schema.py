@@ -50,6 +50,8 @@ class Config:
     log_updates: int
     log_every: int
     trackers: list[str]
+    tags: list[str]
+    note: str
     data: DataConfig
     model: ModelConfig
     optim: OptimConfig
