@@ -166,7 +166,8 @@ class Requests:
         while not ended.wait(POLL):
             if self.signal and not told:
                 told = True
-                logger.warning("%s: the run saves, and stops; once more stops it now", self.signal)
+                note = "%s: the run saves and stops; a second one stops it at once"
+                logger.warning(note, self.signal)
             self._ask()
             if not distrib.is_distributed():
                 continue
