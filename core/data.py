@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset, TensorDataset
 
 from . import distrib, workers
 from .rng import Position, accelerator, derive_seed, position
@@ -28,7 +28,7 @@ CHUNK = 2**16  # indices that are made Python numbers at a time
 
 
 def set_epoch(epoch: int) -> None:
-    """Tell loaders the epoch where no solver does; takes effect at their next iteration."""
+    """Tell loaders the epoch, from 1, where no solver does; it holds from their next iteration."""
     position.set(Position(epoch))
 
 
@@ -55,20 +55,21 @@ def loader(
 ) -> Any:
     """Return a DataLoader over this rank's part of a dataset.
 
-    When shuffling, anew each epoch, ranks get equally many examples, a few twice; else each comes
-    once, and no collective belongs in the loop. Iterable datasets are dealt out over workers too.
+    Shuffled, ranks get equally many examples, a few twice; else each comes once, and no collective
+    belongs in the loop. Iterable datasets are dealt out over workers too.
 
     Args:
         dataset: map-style, such as a `Dataset` or a list, or iterable.
         args, kwargs: of `klass` after the dataset; batch size per rank, memory pinned on a GPU.
         klass: `torch.utils.data.DataLoader`, or a class with the same arguments.
         seed: of the order, and of the random numbers drawn in workers.
-        updates_per_epoch: batches in an epoch, which goes on where the last one ended.
+        updates_per_epoch: batches in an epoch, which continues where the last one ended.
         sampler: a subclass of `EpochSampler` with another `order`.
         limit: use only the first n batches of the dataset; 0 for all.
     """
     size = kwargs.get("batch_size", args[0] if args else 1)
-    _check(dataset, shuffle or sampler or limit, sampler, limit, kwargs | {"batch_size": size})
+    options = kwargs | {"batch_size": size, "updates": updates_per_epoch}
+    _check(dataset, shuffle or sampler or limit, sampler, limit, options)
     if is_stream := isinstance(dataset, IterableDataset):
         dataset = StreamShard(dataset)
     else:
@@ -78,16 +79,20 @@ def loader(
         examples = updates_per_epoch and updates_per_epoch * batch
         multiple, kind = batch if kwargs.get("drop_last") else 1, sampler or EpochSampler
         kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples, multiple)
-    kwargs.setdefault("generator", torch.Generator().manual_seed(seed))  # else the global one
-    kwargs.setdefault("pin_memory", _pins(dataset))
+    kwargs = {
+        "generator": torch.Generator().manual_seed(seed),
+        "pin_memory": _pins(dataset),
+    } | kwargs
     batches = klass(dataset, *args, **workers.options(seed, kwargs))
     return StreamEpochs(batches, updates_per_epoch) if is_stream and updates_per_epoch else batches
 
 
 def _pins(dataset: object) -> bool:
     """Return whether batches should be in pinned memory, for copies to a device."""
-    on_cpu = all(tensor.is_cpu for tensor in getattr(dataset, "tensors", ()))
-    return on_cpu and accelerator() not in (None, torch.mps)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    tensors = dataset.tensors if isinstance(dataset, TensorDataset) else ()
+    return all(t.is_cpu for t in tensors) and accelerator() not in (None, torch.mps)
 
 
 def _check(
@@ -100,6 +105,8 @@ def _check(
     if isinstance(dataset, IterableDataset):
         if ordered:
             raise ValueError("loader: an iterable dataset has an order and an end of its own")
+        if options["updates"] is not None and options["updates"] < 1:
+            raise UserError(f"loader: updates_per_epoch={options['updates']}: give at least 1")
     elif options["batch_size"] is None and options.get("num_workers"):
         logger.warning("batch_size=None: random numbers of workers differ after a resume")
 

@@ -179,8 +179,7 @@ def _run(main: Callable[[Any], Any]) -> Any:
         _requeue(by=str(stopped))
         raise
     except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):  # of Dora, which ends its processes
-            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # of Dora, which ends its processes
         saved = (xp.folder / "checkpoint.th").exists()
         where = "resumes from the last checkpoint" if saved else "starts anew: nothing was saved"
         logger.warning("Interrupted. The same command %s.", where)
@@ -190,9 +189,9 @@ def _run(main: Callable[[Any], Any]) -> Any:
 def _requeue(by: str) -> None:
     """In a job on Slurm, ask to be started again, and end.
 
-    Slurm itself does so after a SIGTERM, unless that meant to cancel the job.
+    Slurm itself does so after a SIGTERM, unless that meant to cancel the job, as SIGINT does.
     """
-    if "SUBMITIT_EXECUTOR" not in os.environ or by == "SIGTERM":
+    if "SUBMITIT_EXECUTOR" not in os.environ or by in ("SIGTERM", "SIGINT"):
         return
     from submitit import JobEnvironment
 
@@ -346,7 +345,7 @@ def _not_training(folder: Path) -> Any:
 
 @contextmanager
 def _passing_signals_on(manager: Any, error: Any) -> Iterator[None]:
-    """Pass signals on to the processes; wait until all have stopped and saved."""
+    """Forward signals to the processes, and let all save before Dora ends them."""
     processes: list[subprocess.Popen[bytes]] = [*manager.children]
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -363,6 +362,7 @@ def _passing_signals_on(manager: Any, error: Any) -> Iterator[None]:
     for process in processes:
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
+        process.kill()
 
 
 @contextmanager

@@ -304,5 +304,5 @@ class Logs:
         where = f"epoch {len(self.history)}{best}: {self.xp.folder}"
         self.logger.info(f"Run {self.xp.sig} is complete after {where}")
         if self._started_in == self.epoch:
-            cure = "`dora run --clear` starts anew, continue_from=%s another run from its weights"
-            self.logger.info(f"Nothing was left to train: {cure}", self.xp.sig)
+            cure = "raise `epochs`, or start anew with `dora run --clear`"
+            self.logger.info(f"Nothing left to train: {cure}")

@@ -327,9 +327,9 @@ class Steps(Generic[T]):
             cure = "loader() resumes by itself: do not register it" if known else "register it"
             raise UserError(f"{self.stage.name}: the data loader has a state of its own; {cure}")
         stream = isinstance(getattr(self.data, "dataset", None), IterableDataset)
-        if isinstance(self.data, itertools.islice):
-            cure = "give loader() updates_per_epoch= to go on where the last one ended"
-            warnings.warn(f"islice begins with the same data in each epoch: {cure}", stacklevel=4)
+        if isinstance(self.data, itertools.islice) and torch.is_grad_enabled():
+            note = "islice of a stream begins anew in each epoch: use loader(updates_per_epoch=)"
+            warnings.warn(note, stacklevel=4)
         own = getattr(self.data, "generator", None) is not None
         if own and not (known or dealt_out or stream):
             warnings.warn("a DataLoader with a generator resumes with other data", stacklevel=4)

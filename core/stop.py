@@ -27,11 +27,11 @@ from .utils import UserError
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
-SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+ASKING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+SIGNALS = [getattr(signal, name) for name in ASKING if hasattr(signal, name)]
 SILENCE = 10.0  # seconds without a sign of life of a rank that others wait for
 POLL = 0.25  # seconds between two looks of the background thread
-# Seconds in which a second signal repeats the first, rather than insists: launchers repeat them.
+# Within these seconds a second signal is a duplicate, as launchers send; later, it insists.
 REPEAT, REPEAT_OF_CTRL_C = 10.0, 1.0
 
 _scopes = itertools.count()  # keeps the notes of one scope apart from those of the next
@@ -41,7 +41,7 @@ class Stopped(SystemExit):
     """The end of a run after a request to stop, when all is saved, with exit status 130.
 
     Args:
-        asked: the signal.
+        asked: name of the signal.
     """
 
     def __init__(self, asked: str) -> None:
@@ -162,12 +162,13 @@ class Requests:
     # -------------------------------------------------------------------------- in the background
 
     def _watch(self, ended: threading.Event) -> None:
-        step, polls, told = 0, 1, False
+        step, polls, announced = 0, 1, False
         while not ended.wait(POLL):
-            if self.signal and not told:
-                told = True
-                note = "%s: the run saves and stops; a second one stops it at once"
-                logger.warning(note, self.signal)
+            if self.signal and not announced:
+                announced = True
+                limit = REPEAT_OF_CTRL_C if self.signal == "SIGINT" else REPEAT
+                note = "%s: saving and stopping after this step; again after %d s: at once"
+                logger.warning(note, self.signal, limit)
             self._ask()
             if not distrib.is_distributed():
                 continue

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch.utils.data import IterableDataset, get_worker_info
 
 from . import distrib
-from .rng import Position, position
+from .rng import Position, get_rng_state, position, set_rng_state
 from .utils import UserError
 
 
@@ -43,37 +43,51 @@ class StreamShard(IterableDataset[Any]):
 
 
 class StreamEpochs:
-    """Epochs of so many batches of a stream, each from where the one before ended.
+    """Split a stream into epochs of n batches, each starting where the previous one ended.
 
-    A stream that ends begins again. Where an epoch is not the next one, as after a resume, the
-    batches of all earlier epochs are read again, and dropped.
+    An exhausted stream begins again. After a resume, the batches of earlier epochs are read again,
+    and dropped.
 
     Args:
-        loader: of the stream; other attributes are its own.
+        loader: reads the stream; unknown attributes are looked up there.
         updates: batches in an epoch.
     """
 
     def __init__(self, loader: Any, updates: int) -> None:
-        if updates < 1 or hasattr(loader, "load_state_dict"):
+        if hasattr(loader, "load_state_dict") or getattr(loader, "persistent_workers", False):
             raise UserError(
-                "loader: updates_per_epoch= of a stream needs 1 at least, and DataLoader"
+                "loader: updates_per_epoch= of a stream needs a DataLoader without a state, and "
+                "without persistent_workers, as its workers live on anyway"
             )
         self.loader, self.updates = loader, updates
-        self._place = 0  # number of the next batch
+        self._place = 0  # number of the next batch; -1 after a failed read
         self._batches: Iterator[Any] = self._endless()
 
     def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # in a copy that is being made
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
     def __len__(self) -> int:
         return self.updates
 
     def __iter__(self) -> Iterator[Any]:
-        first = max(0, position.get().epoch - 1) * self.updates
-        if self._place != first:
-            self._place, self._batches = first, itertools.islice(self._endless(), first, None)
-        for batch in itertools.islice(self._batches, self.updates):
-            self._place += 1
+        epoch = position.get().epoch  # 0 where nobody tells
+        first = (epoch - 1) * self.updates if epoch else max(0, self._place)
+        generators = get_rng_state()  # as if nothing was read again
+        if not 0 <= self._place <= first:
+            self._place, self._batches = 0, self._endless()
+        for _ in range(first - self._place):
+            next(self._batches)
+        self._place = first
+        set_rng_state(generators)
+        return self._epoch(first)
+
+    def _epoch(self, first: int) -> Iterator[Any]:
+        for place in range(first, first + self.updates):
+            self._place = -1  # a read may fail, and end the iterator
+            batch = next(self._batches)
+            self._place = place + 1
             yield batch
 
     def _endless(self) -> Iterator[Any]:
@@ -84,5 +98,5 @@ class StreamEpochs:
             position.reset(token)
             first = [*itertools.islice(batches, 1)]
             if not first:
-                raise UserError("loader: the stream has no batch for this process")
+                raise UserError(f"loader: the stream is empty on rank {distrib.rank()}")
             yield from itertools.chain(first, batches)

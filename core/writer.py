@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,12 @@ class Writer:
 
     def settle(self) -> None:
         """Wait for the write in flight, if any; log its error."""
-        try:
-            if self._folder is not None and self._pending is not None:
-                self._pending.exception(LIMIT)  # of shards: another rank may hang
-            self.wait()
-        except TimeoutError:
-            logger.critical("A save does not end, as another rank hangs: see its log")
+        shards = [self._pending] if self._folder is not None and self._pending is not None else []
+        if wait(shards, LIMIT).not_done:
+            logger.critical("A save did not end: another rank hangs, see its log")
             os._exit(1)
+        try:
+            self.wait()
         except Exception as error:
             logger.error("%s", error)
 

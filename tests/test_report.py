@@ -94,7 +94,7 @@ def test_tags_and_notes(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add_run(runs, "cccc3333", [epoch(1.0)], tags=["debug"], **about)
     add_run(runs, "dddd4444", [epoch(1.0)], tags=["paper", "old"], note="for Fig. 2", **about)
     head, _, *rows, _ = said(capsys, "--dir", str(runs))
-    assert "Left out: 1 debug run," in head
+    assert "1 debug run is left out: see --tag debug" in head
     assert [row.split()[0] for row in rows[1:]] == ["aaaa1111", "bbbb2222", "dddd4444"]
     assert "paper old" in rows[-1]
     assert "for Fig. 2" in rows[-1]

@@ -204,7 +204,7 @@ def test_files_of_the_example_are_left_alone(project: Path, update: Update) -> N
     (project / "tests" / "test_digits.py").unlink()
     commit(project)
     said = update(project)
-    assert "left alone without --example: my_research/model.py\n" in said
+    assert "left as they are: my_research/model.py\n" in said
     assert mine.read_text() == "mine = 1\n"
     assert not (project / "tests" / "test_digits.py").exists()
     for name in CHANGED.values():

@@ -74,12 +74,13 @@ class WandB(Tracker):
     def _open(self) -> Any:
         import wandb
 
+        tags = getattr(self.xp.cfg, "tags", None) or ()
         start = functools.partial(
             wandb.init,
             project=self.project,
             name=self.name,
             group=self.group,
-            tags=getattr(self.xp.cfg, "tags", None) or None,
+            tags=[tags] if isinstance(tags, str) else [*map(str, tags)],
             notes=getattr(self.xp.cfg, "note", None) or None,
             id=self.id,
             dir=self.dir,

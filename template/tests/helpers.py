@@ -34,8 +34,8 @@ def interrupt(solver: Solver, epoch: int) -> None:
     """Run, and stop at once after the first stage of an epoch."""
     run_stage = Solver.run_stage
 
-    def interrupted(solver: Solver, *args: Any) -> dict[str, Any]:
-        metrics = run_stage(solver, *args)
+    def interrupted(solver: Solver, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        metrics = run_stage(solver, *args, **kwargs)
         if solver.epoch == epoch:
             raise KeyboardInterrupt
         return metrics

@@ -280,7 +280,7 @@ def test_ranks_stop_early_together(tmp_path: Path) -> None:
     assert on_ranks(early_on_a_rank, tmp_path) == [5, 5]
 
 
-EVALUATION = "Evaluation at first and at times, and a test at the end"
+EVALUATION = "Evaluation at first and every n epochs, and a test at the end"
 
 
 def test_evaluation_now_and_then(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from core.data import loader, set_epoch
+from core.rng import Position, position
 from core.stop import Stopped
 from core.tests.test_data import Numbers, be_rank
 from core.utils import UserError
@@ -168,10 +169,42 @@ def test_a_stream_that_ends_begins_again(ranks: int, monkeypatch: pytest.MonkeyP
 
 
 def test_a_stream_without_epochs_of_n_updates_is_refused() -> None:
-    with pytest.raises(UserError, match="no batch"):
+    with pytest.raises(UserError, match="the stream is empty on rank 0"):
         next(iter(loader(Whole(0, 0), 2, updates_per_epoch=3)))
     with pytest.raises(UserError, match="updates_per_epoch= of a stream"):
         loader(Whole(), 2, updates_per_epoch=3, klass=StatefulDataLoader)
+    with pytest.raises(UserError, match="updates_per_epoch=0: give at least 1"):
+        loader(Endless(), 2, updates_per_epoch=0)
+
+
+class Failing(IterableDataset[int]):
+    """Can't be read once."""
+
+    failed = False
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(100):
+            if number == 6 and not self.failed:
+                self.failed = True
+                raise OSError("the network is gone")
+            yield number
+
+
+def test_a_stream_that_failed_is_read_again() -> None:
+    made = loader(Failing(), 2, updates_per_epoch=3)
+    set_epoch(1)
+    assert torch.cat([*made]).tolist() == [*range(6)]
+    set_epoch(2)
+    with pytest.raises(OSError, match="the network is gone"):
+        next(iter(made))
+    assert torch.cat([*made]).tolist() == [*range(6, 12)]
+
+
+def test_without_an_epoch_a_stream_just_goes_on() -> None:
+    token = position.set(Position())
+    made = loader(Endless(), 2, updates_per_epoch=2)
+    assert [torch.cat([*made]).tolist() for _ in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    position.reset(token)
 
 
 # --------------------------------------------------------------------------- stopped and resumed
@@ -277,13 +310,13 @@ def test_an_iterator_that_lives_on_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop_after", [3, 7, 8, 11])
 def test_epochs_of_a_stream_resume(workers: int, stop_after: int, tmp_path: Path) -> None:
     def make() -> Any:
-        # With workers, numbers are drawn on generators of their own.
-        data = Noise(11) if workers else Whole(0, 11)
-        return loader(data, 2, updates_per_epoch=7, num_workers=workers)
+        return loader(Noise(11), 2, updates_per_epoch=7, num_workers=workers)
 
+    torch.manual_seed(0)
     whole = Reader(tmp_path / "whole", make())
     whole.run()
     assert len(whole.seen) == 14
+    torch.manual_seed(0)
     stopped = Reader(tmp_path / "parts", make())
     stopped.stop_after = stop_after
     with pytest.raises(Stopped):
@@ -312,5 +345,5 @@ def test_islice_of_a_stream_is_named(tmp_path: Path) -> None:
                 pass
             return {}
 
-    with pytest.warns(UserWarning, match="islice begins with the same data in each epoch"):
+    with pytest.warns(UserWarning, match="islice of a stream begins anew in each epoch"):
         Sliced(tmp_path, []).run()

@@ -28,7 +28,7 @@ from string import Template
 from typing import Any
 
 from . import escape_output, flatten, write_text
-from .runs import STATISTICS, Run, find_runs
+from .runs import STATISTICS, Run, find_runs, read
 
 # Okabe and Ito's colours, without those that vanish on white or on black; then the kinds of line.
 COLOURS = ["#0a83c9", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#8c8c8c"]
@@ -49,7 +49,7 @@ STARTS = {  # columns of the page's table of starts, and their keys in `run.json
 def differences(runs: Sequence[Run]) -> list[str]:
     """Return the keys of the config in which runs differ."""
     keys = dict.fromkeys(key for run in runs for key in run.keys if key != "epochs")
-    known = [run for run in runs if run.keys]
+    known = [run for run in runs if run.config]
     return [key for key in keys if len({repr(run.keys.get(key, ABSENT)) for run in known}) > 1]
 
 
@@ -188,8 +188,12 @@ def media(run: Run) -> str:
     figures = []
     for path in run.media:
         kind = "image/png" if path.suffix == ".png" else "audio/wav"
-        data = f"data:{kind};base64,{b64encode(path.read_bytes()).decode()}"
-        what = f'<img src="{data}">' if path.suffix == ".png" else f'<audio controls src="{data}">'
+        data = f"data:{kind};base64,{b64encode(read(path) or b'').decode()}"
+        what = (
+            f'<img alt="" src="{data}">'
+            if path.suffix == ".png"
+            else f'<audio controls src="{data}">'
+        )
         text = escape(f"{run.sig}: {path.relative_to(run.folder / 'outputs')}")
         end = "</audio>" if path.suffix == ".wav" else ""
         figures.append(f"<figure>{what}{end}<figcaption>{text}</figcaption></figure>")
@@ -246,7 +250,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare runs: a table, and a page of curves.")
     parser.add_argument("sig", nargs="*", help="signatures of runs; all by default")
     parser.add_argument("--tag", help="only runs with this tag")
-    parser.add_argument("--metrics", nargs="+", default=[], help="such as test.acc or 'test.*'")
+    parser.add_argument(
+        "--metrics", nargs="+", default=[], help="such as test.acc or 'test.*'; after signatures"
+    )
     parser.add_argument("--json", action="store_true", help="print the runs as JSON, no more")
     parser.add_argument("--dir", type=Path, help="folder of the runs; the project's by default")
     parser.add_argument("--out", type=Path, help="the page; report.html above the runs by default")
@@ -263,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     others = [run for run in runs if "debug" not in run.tags]
     if not (args.sig or args.tag) and 0 < len(others) < len(runs):
         count = len(runs) - len(others)
-        print(f"Left out: {count} debug run{'s' * (count > 1)}, for --tag debug")
+        print(f"{count} debug run{'s are' if count > 1 else ' is'} left out: see --tag debug")
         runs = others
     keys, metrics = differences(runs), choose(columns(runs, "epochs"), args.metrics)
     print(table(runs, keys[:SHOWN_KEYS], metrics))

@@ -57,12 +57,12 @@ class Run:
     @property
     def tags(self) -> list[str]:
         """The words in `tags` of the config."""
-        tags = self.config.get("tags")
-        return [str(tag) for tag in tags] if isinstance(tags, list) else []
+        tags = self.config.get("tags") or []
+        return list(map(str, tags)) if isinstance(tags, list) else [str(tags)]
 
     @cached_property
     def keys(self) -> dict[str, Any]:
-        """The config by dotted keys, with tags and note, without those that make no other run."""
+        """The keys of the config that tell runs apart, dotted, with tags and note."""
         flat = flatten(self.config)
         excluded = flat.get("dora.exclude")
         hidden = ["dora.*", "slurm.*", *(excluded if isinstance(excluded, list) else [])]
@@ -72,14 +72,15 @@ class Run:
 
     @cached_property
     def media(self) -> list[Path]:
-        """The images and sounds of each stage's newest epoch, none above 2 MB."""
+        """The first 20 images and sounds of each stage's newest epoch, none above 2 MB."""
         newest: dict[str, tuple[int, Path]] = {}
         for folder in self.folder.glob("outputs/*_*"):
             stage, _, epoch = folder.name.rpartition("_")
             if epoch.isdecimal():
                 newest[stage] = max(newest.get(stage, (0, folder)), (int(epoch), folder))
         found = [path for _, folder in newest.values() for path in sorted(folder.rglob("*"))]
-        return [p for p in found if p.suffix in (".png", ".wav") and p.stat().st_size < 2**21]
+        fits = (p for p in found if p.is_file() and p.stat().st_size < 2**21)
+        return [p for p in fits if p.suffix in (".png", ".wav")][:20]
 
     @property
     def progress(self) -> str:
