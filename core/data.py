@@ -79,20 +79,18 @@ def loader(
         examples = updates_per_epoch and updates_per_epoch * batch
         multiple, kind = batch if kwargs.get("drop_last") else 1, sampler or EpochSampler
         kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples, multiple)
-    kwargs = {
-        "generator": torch.Generator().manual_seed(seed),
-        "pin_memory": _pins(dataset),
-    } | kwargs
+    kwargs = _defaults(dataset, seed) | kwargs
     batches = klass(dataset, *args, **workers.options(seed, kwargs))
     return StreamEpochs(batches, updates_per_epoch) if is_stream and updates_per_epoch else batches
 
 
-def _pins(dataset: object) -> bool:
-    """Return whether batches should be in pinned memory, for copies to a device."""
+def _defaults(dataset: object, seed: int) -> dict[str, Any]:
+    """Return arguments of a DataLoader: a generator of its own, memory pinned for a device."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     tensors = dataset.tensors if isinstance(dataset, TensorDataset) else ()
-    return all(t.is_cpu for t in tensors) and accelerator() not in (None, torch.mps)
+    pins = all(t.is_cpu for t in tensors) and accelerator() not in (None, torch.mps)
+    return {"generator": torch.Generator().manual_seed(seed), "pin_memory": pins}
 
 
 def _check(
