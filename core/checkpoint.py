@@ -262,6 +262,8 @@ def read(path: Path, mmap: bool = False) -> StateDict:
 
 
 def _open(path: Path, mmap: bool = True, verify: bool = False) -> StateDict:
+    # PyTorch maps no file whose name is not UTF-8.
+    mmap = mmap and str(path).isprintable()
     state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(state, dict) or not {"checkpoint", "history"} & state.keys():
         raise ValueError("not a checkpoint of this project")
@@ -301,7 +303,8 @@ def pop_cursor(state: StateDict) -> Cursor:
 
 def read_about(path: Path) -> Mapping[str, Any]:
     """Return the entry `checkpoint` of a file, unverified."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    mmap = str(path).isprintable()
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     # Without an entry, a commit by the user's own code.
     own = {"epoch": len(state.get("history", ())), "commit": True, "best": None}
     return state.get("checkpoint", own)  # type: ignore[no-any-return]

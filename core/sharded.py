@@ -112,7 +112,8 @@ def prune(run: Path) -> None:
     kept = set()
     for path in run.glob("*.th"):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mmap = str(path).isprintable()
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             kept.add(state["shards"]["folder"])
         except (OSError, MemoryError):  # it may be readable the next time
             return

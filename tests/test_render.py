@@ -337,10 +337,13 @@ def test_ci_runs_pinned_actions_on_what_is_supported() -> None:
     assert json.loads(sessions) == ["lint tests", *(f"full -- {part}" for part in PARTS), "slurm"]
 
 
+OWN_SESSIONS = {"tests/test_slurm.py", "tests/test_gpu.py"}
+
+
 def test_each_test_belongs_to_a_part() -> None:
     paths = [path for part in PARTS.values() for path in part]
     files = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")}
-    assert sorted(paths) == sorted(files - {"tests/test_slurm.py"} | {"core/tests", "tests/core"})
+    assert sorted(paths) == sorted(files - OWN_SESSIONS | {"core/tests", "tests/core"})
 
 
 def test_models_and_data_do_not_import_the_core() -> None:

@@ -108,7 +108,7 @@ class Half(data.EpochSampler):
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    refused: list[dict[str, Any]] = [{"shuffle": True}, {"updates_per_epoch": 1}, {"limit": 1}]
+    refused: list[dict[str, Any]] = [{"shuffle": True}, {"limit": 1}]
     for options in refused:
         with pytest.raises(ValueError, match="iterable"):
             loader(Stream(), **options)

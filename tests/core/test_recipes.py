@@ -280,12 +280,9 @@ def test_ranks_stop_early_together(tmp_path: Path) -> None:
     assert on_ranks(early_on_a_rank, tmp_path) == [5, 5]
 
 
-EVALUATION = "Evaluation at first and every n epochs, and a test at the end"
-
-
 def test_evaluation_now_and_then(tmp_path: Path) -> None:
     parts = {
-        "run": recipe(EVALUATION)["run"],
+        "run": recipe("Evaluation at first and every n epochs, and a test at the end")["run"],
         "test": Solver.valid,
         "policy": Policy(last=1, best="min valid.loss"),
     }
@@ -301,7 +298,9 @@ def early_with_test(folder: Path) -> list[list[str]]:
     torch.set_num_threads(1)
     [loop] = re.findall(r"`(while .*stalled.*)` in `run`", README.read_text())
     names = recipe("Early stopping") | {"valid": 0}
-    block = recipe_text(EVALUATION).replace("while self.epoch <= self.cfg.epochs:", loop)
+    block = recipe_text("Evaluation at first and every n epochs, and a test at the end").replace(
+        "while self.epoch <= self.cfg.epochs:", loop
+    )
     exec(block, names)
 
     class Early(Solver):

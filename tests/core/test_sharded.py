@@ -167,7 +167,7 @@ def test_examples_resume_from_shards_on_any_number_of_ranks(
             for metrics in epoch.values():
                 del metrics["duration"]
         assert len(history) == 2
-        assert len([*folder.glob("shards.*")]) == 2
+        assert len([*folder.glob("shards.*")]) == (1 if name == "on 1" else 2)
         ends.append(history)
     assert ends[1] == ends[0]
     assert all(history[0] == ends[0][0] for history in ends)
