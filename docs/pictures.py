@@ -71,7 +71,7 @@ def terminal(project: Path, target: Path) -> None:
         console.print()
 
     stopped = record(project, "dora run", stop="Valid Summary | Epoch 3")
-    show("dora run", stopped, "(starts|resumes) in|Interrupted|Summary")
+    show("dora run", stopped, "(starts|resumes) in|Stopped by|Summary")
     show(
         "dora run",
         record(project, "dora run"),
