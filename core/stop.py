@@ -167,7 +167,7 @@ class Requests:
             if self.signal and not announced:
                 announced = True
                 limit = REPEAT_OF_CTRL_C if self.signal == "SIGINT" else REPEAT
-                note = "%s: saving and stopping after this step; again after %d s: at once"
+                note = "%s: saving and stopping after this step; repeat after %d s to stop at once"
                 logger.warning(note, self.signal, limit)
             self._ask()
             if not distrib.is_distributed():
