@@ -18,16 +18,18 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from core import BaseSolver, checkpoint, distrib
+from core import BaseSolver, distrib
 from core.checkpoint import Policy
 from core.data import loader
 from core.ema import EMA
 from core.plain import from_plain
 from core.stop import Stopped
 from core.tests.processes import on_ranks
+from core.writer import wait_for_writes
 
 from .commands import Command, run
 from .conftest import Copy
+from .core.test_steps import TwoEpochs
 from .faults import load, same
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
@@ -36,7 +38,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not GPUS, reason="there is 
 two_gpus = pytest.mark.skipif(GPUS < 2, reason="there is one GPU only")
 
 
-class Trainer(BaseSolver):
+class Trainer(TwoEpochs):
     """Trains a model with dropout, random numbers of the device, and averaged weights."""
 
     def __init__(self, folder: Path, device: str = DEVICE, stop: int = 0) -> None:
@@ -53,12 +55,6 @@ class Trainer(BaseSolver):
         self.loader = loader(TensorDataset(torch.randn(512, 64)), 8, shuffle=True)
         self.stop = stop  # in this step of the second epoch
         self.waits: list[str] = []  # of the host, in steps without a line
-
-    def run(self) -> None:
-        with self.running():
-            while self.epoch <= 2:
-                self.run_stage("train", self.train)
-                self.commit()
 
     def train(self) -> dict[str, float]:
         steps = self.steps(self.loader, updates=0, finite=["loss"])
@@ -127,7 +123,7 @@ def test_a_commit_holds_what_the_next_step_overwrites(tmp_path: Path) -> None:
         for _ in range(3):  # later saves use the memory of the first again
             solver.commit()
             solver.large += 1
-            checkpoint.wait_for_writes()
+            wait_for_writes()
             assert torch.equal(from_plain(load(solver.checkpoint_path)["large"]), wanted)
             wanted += 1
 
