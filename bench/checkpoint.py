@@ -125,7 +125,7 @@ class Ours:
 
     def commit(self) -> float:
         """Seconds that the training waits."""
-        from core.checkpoint import wait_for_writes
+        from core.writer import wait_for_writes
 
         begin = time.perf_counter()
         self.solver.commit()
@@ -135,7 +135,7 @@ class Ours:
 
     def slowdown(self) -> float:
         """How much longer a step of a small model takes while a checkpoint is written."""
-        from core.checkpoint import wait_for_writes
+        from core.writer import wait_for_writes
 
         step = small_step()
         path = self.solver.checkpoint_path

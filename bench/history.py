@@ -64,7 +64,7 @@ class Ours:
         """Seconds that the loop waits."""
         for stage, metrics in epoch(self.solver.epoch).items():
             self.solver.log_metrics(stage, metrics)
-        from core.checkpoint import wait_for_writes
+        from core.writer import wait_for_writes
 
         begin = time.perf_counter()
         self.solver.commit()

@@ -25,9 +25,8 @@ from . import distrib
 from .plain import to_plain
 from .replicas import restore_own
 from .state import StateDict
-from .utils import UserError, flatten, sync_folder, write_and_rename
-from .writer import Writer as Writer
-from .writer import wait_for_writes as wait_for_writes
+from .utils import UserError, flatten, read_tensors, sync_folder, write_and_rename
+from .writer import wait_for_writes
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +142,7 @@ def save(
         ) from error
     if is_commit:
         _prune(path, history, policy, best)
+    _prune_shards(path.parent)
 
 
 def older(path: Path) -> dict[int, Path]:
@@ -192,10 +192,13 @@ def _prune(path: Path, history: Sequence[dict[str, Any]], policy: Policy, best: 
         logger.warning(note, policy.best, ", ".join(flatten(history[-1] if history else {})))
     for epoch in files.keys() - wanted:
         files[epoch].unlink()
-    if any(path.parent.glob("shards.*")):
-        from .sharded import prune
 
-        prune(path.parent)
+
+def _prune_shards(run: Path) -> None:
+    if any(run.glob("shards.*")):
+        from .sharded import prune  # a slow import
+
+        prune(run)
 
 
 # --------------------------------------------------------------------------------------- reading
@@ -262,9 +265,7 @@ def read(path: Path, mmap: bool = False) -> StateDict:
 
 
 def _open(path: Path, mmap: bool = True, verify: bool = False) -> StateDict:
-    # PyTorch maps no file whose name is not UTF-8.
-    mmap = mmap and str(path).isprintable()
-    state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    state = read_tensors(path, mmap)
     if not isinstance(state, dict) or not {"checkpoint", "history"} & state.keys():
         raise ValueError("not a checkpoint of this project")
     if (found := state.get("checkpoint", {}).get("format", FORMAT)) > FORMAT:
@@ -303,8 +304,7 @@ def pop_cursor(state: StateDict) -> Cursor:
 
 def read_about(path: Path) -> Mapping[str, Any]:
     """Return the entry `checkpoint` of a file, unverified."""
-    mmap = str(path).isprintable()
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    state = read_tensors(path)
     # Without an entry, a commit by the user's own code.
     own = {"epoch": len(state.get("history", ())), "commit": True, "best": None}
     return state.get("checkpoint", own)  # type: ignore[no-any-return]

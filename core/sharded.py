@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from . import distrib
 from .plain import to_plain
-from .utils import UserError, sync_folder
+from .state import StateDict
+from .utils import UserError, read_tensors, sync_folder
 
 OWN = {"flatten_state_dict": False, "flatten_sharded_tensors": False}  # names are flat already
 # The classes in the metadata that `torch.distributed.checkpoint` pickles.
@@ -37,8 +38,6 @@ MODULES |= {"torch", "torch.serialization"}
 CLASSES = {*parts.__all__, "_MEM_FORMAT_ENCODING", "_StorageInfo", "PosixPath"}
 CLASSES |= {"Size", "_get_layout"}
 CLASSES -= {"BytesStorageMetadata"}  # of entries that would be unpickled
-
-StateDict = dict[str, Any]
 
 
 class Shards:
@@ -63,7 +62,6 @@ class Shards:
         state["shards"] = self._save()
         if distrib.is_rank_zero():
             write(state)
-            prune(self.folder.parent)
 
     def _save(self) -> StateDict:
         """Save the shards, durably; return the entry of the checkpoint."""
@@ -93,8 +91,8 @@ class Shards:
         """Return the checksums of this rank's files; None for one that can't be read."""
         found: dict[str, int | None] = {}
         rank = distrib.rank()
-        names = (f"__{rank}_*", ".metadata") if rank == 0 else (f"__{rank}_*",)
-        for path in (path for name in names for path in self.folder.glob(name)):
+        begins = f"__{rank}_" if rank else ("__0_", ".metadata")
+        for path in (path for path in self.folder.iterdir() if path.name.startswith(begins)):
             found[path.name] = None
             with suppress(OSError):
                 found[path.name] = _checksum(path)
@@ -112,9 +110,7 @@ def prune(run: Path) -> None:
     kept = set()
     for path in run.glob("*.th"):
         try:
-            mmap = str(path).isprintable()
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            kept.add(state["shards"]["folder"])
+            kept.add(read_tensors(path)["shards"]["folder"])
         except (OSError, MemoryError):  # it may be readable the next time
             return
         except Exception:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import checkpoint, distrib, versions
-from .checkpoint import Cursor, Policy, Writer
+from .checkpoint import Cursor, Policy
 from .modules import lending, lent
 from .plain import from_plain, to_plain
 from .replicas import add_own
@@ -28,6 +28,7 @@ from .state import AttributeWrapper, StateDict, StateManager
 from .steps import Epoch, Stage, Steps, T, share
 from .stop import Requests, Stopped
 from .utils import Accumulation, UserError
+from .writer import Writer
 
 
 class BaseSolver(Logs):
@@ -95,9 +96,9 @@ class BaseSolver(Logs):
                 raise UserError("nothing was saved, and this solver has trained: make a new one")
             self.__trained = True
             self.__requests = Requests(self.__policy.minutes, self.__writer.is_busy)
-            nested = position.get().stage  # of another run, which takes the requests to stop
             try:
-                with nullcontext() if nested else self.__requests.listening():
+                # Within a stage of another run, that run takes the requests to stop.
+                with nullcontext() if position.get().stage else self.__requests.listening():
                     self._log_start()
                     yield
                     self.__wait()

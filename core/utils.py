@@ -42,6 +42,16 @@ def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def read_tensors(path: Path, mmap: bool = True) -> Any:
+    """Return the content of a file of tensors and plain containers, on the CPU; nothing is run.
+
+    Args:
+        mmap: map the tensors to the file, which must not be overwritten in place then.
+    """
+    mmap = mmap and str(path).isprintable()  # PyTorch maps no file whose name is not UTF-8
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
 @contextmanager
 def write_and_rename(
     path: str | Path, mode: str = "wb", suffix: str = ".tmp", pid: bool = False

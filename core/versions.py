@@ -9,6 +9,7 @@ from pathlib import Path
 from . import checkpoint
 from .state import StateDict, StateManager
 from .utils import UserError
+from .writer import wait_for_writes
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def read_version(path: Path, version: str) -> StateDict:
 
 
 def _best(path: Path) -> StateDict | None:
-    checkpoint.wait_for_writes()
+    wait_for_writes()
     older = checkpoint.older(path)
     # The latest is absent after damage, until the next save.
     if (newest := next(filter(Path.exists, (path, *reversed(older.values()))), None)) is None:

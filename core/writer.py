@@ -97,8 +97,8 @@ class Writer:
 
     def settle(self) -> None:
         """Wait for the write in flight, if any; log its error."""
-        shards = [self._pending] if self._folder is not None and self._pending is not None else []
-        if wait(shards, LIMIT).not_done:
+        pending = [] if self._pending is None else [self._pending]
+        if self._folder is not None and wait(pending, LIMIT).not_done:
             logger.critical("A save did not end: another rank hangs, see its log")
             os._exit(1)
         try:

@@ -18,7 +18,7 @@ from torch import nn
 from .. import BaseSolver, checkpoint, distrib
 from ..checkpoint import CheckpointError, Policy
 from ..utils import UserError
-from ..writer import Writer
+from ..writer import Writer, wait_for_writes
 from .processes import on_ranks
 
 
@@ -280,7 +280,7 @@ def test_training_goes_on_during_the_write(tmp_path: Path, monkeypatch: pytest.M
     # What is not safe is not published either.
     assert not (tmp_path / "history.json").exists()
     go.set()
-    checkpoint.wait_for_writes()
+    wait_for_writes()
     saved = checkpoint.read(solver.checkpoint_path)
     assert saved["weight"].unique().tolist() == [1.0], "it saw the second epoch"
     assert solver.xp.link.history == solver.history[:1]

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from .. import BaseSolver, checkpoint, run
+from .. import BaseSolver, run
 from ..checkpoint import Policy
 from ..ema import EMA
 from ..rng import seed_everything
 from ..utils import UserError
+from ..writer import wait_for_writes
 
 
 class Solver(BaseSolver):
@@ -88,7 +89,7 @@ def test_a_commit_without_a_checkpoint_is_repeated(tmp_path: Path) -> None:
     solver.commit()
     solver.run_stage("train", solver.train)
     solver.commit(save_checkpoint=False)
-    checkpoint.wait_for_writes()
+    wait_for_writes()
     assert len(json.loads((tmp_path / "history.json").read_text())) == 2
     again = Solver(tmp_path)
     assert again.restore()
@@ -112,7 +113,7 @@ def test_stages(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage 'slow': run_stage adds `duration`"):
         solver.run_stage("slow", lambda: {"duration": 3.0})
     solver.commit()
-    checkpoint.wait_for_writes()
+    wait_for_writes()
     assert json.loads((tmp_path / "history.json").read_text())[0]["valid"]["b"] == 2
 
 

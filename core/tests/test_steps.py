@@ -23,6 +23,7 @@ from ..checkpoint import Policy
 from ..data import loader
 from ..ema import EMA
 from ..stop import Stopped
+from ..writer import wait_for_writes
 from .processes import on_ranks
 
 At = tuple[int, str, int]  # an epoch, a stage, a step
@@ -203,7 +204,7 @@ class Held(Solver):
         super().note(stage, step)
         at = (self.epoch, stage, step)
         if at == self.kill_at:
-            checkpoint.wait_for_writes()
+            wait_for_writes()
             os.kill(os.getpid(), signal.SIGKILL)
         if at == self.hold_at:
             while self._current_stage and self._current_stage.requests.due == math.inf:

@@ -31,6 +31,7 @@ from core.distrib import board
 from core.ema import EMA
 from core.stop import Stopped
 from core.utils import UserError
+from core.writer import wait_for_writes
 
 from .. import fake_accelerator as fake
 from ..commands import ROOT, Command, run
@@ -155,7 +156,7 @@ def test_a_commit_waits_in_the_background_only(tmp_path: Path) -> None:
                     with torch.no_grad():
                         for parameter in solver.model.parameters():
                             parameter.zero_()  # as the next step might, while the copies fly
-                checkpoint.wait_for_writes()
+                wait_for_writes()
             assert not ours, ours[0]
             assert [sync.kind for sync in seen] == ["event"], [*map(str, seen)]
             saved = checkpoint.read(solver.checkpoint_path)["model"]
@@ -346,7 +347,7 @@ def test_the_current_device_is_not_that_of_the_tensors(tmp_path: Path, current: 
     torch.accelerator.set_device_index(current)
     with solver.running():
         solver.commit()
-        checkpoint.wait_for_writes()
+        wait_for_writes()
         assert torch.accelerator.current_device_index() == current
     state = checkpoint.read(solver.checkpoint_path)["tensors"]
     found = [leaf.tolist() for leaf in tree_leaves(state) if torch.is_tensor(leaf)]
@@ -460,7 +461,7 @@ def test_no_step_with_a_nan_is_saved(tmp_path: Path, bad: int, stop: int) -> Non
         solver.run()
     assert solver.waits == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2][: len(solver.waits)]
     with suppress(UserError):
-        checkpoint.wait_for_writes()
+        wait_for_writes()
     fake.device.failed = ""  # as in another process
     saved = checkpoint.read(solver.checkpoint_path)
     tensors = [leaf for leaf in tree_leaves(saved) if torch.is_tensor(leaf)]

@@ -20,6 +20,7 @@ import torch.distributed.checkpoint.metadata as dcp
 from core import checkpoint, distrib
 from core.sharded import prune
 from core.tests.processes import on_ranks
+from core.writer import wait_for_writes
 
 from ..commands import Command
 from ..conftest import ROOT, Copy
@@ -85,7 +86,7 @@ def fill_the_disk_of_rank_1(folder: Path) -> str:
 
     def limited() -> dict[str, float]:
         if distrib.rank() == 1 and solver.epoch == 2:
-            checkpoint.wait_for_writes()
+            wait_for_writes()
             limit_files(100)
         return train()
 
