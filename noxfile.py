@@ -33,6 +33,7 @@ TOOLS = (
     "editables",
     "hatchling",
     "hiplot",
+    "matplotlib",
     "mypy",
     "nox",
     "optuna",

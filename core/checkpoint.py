@@ -30,6 +30,7 @@ from .writer import wait_for_writes
 
 logger = logging.getLogger(__name__)
 
+FILE = "checkpoint.th"  # the latest, in the folder of a run
 FORMAT = 2  # of the files; raise it when runs can't resume from older ones
 BEST = re.compile(r"((min|max) (\w+)\.(\S+))?")
 

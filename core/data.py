@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset, Tenso
 
 from . import distrib, workers
 from .rng import Position, accelerator, derive_seed, position
-from .streams import StreamEpochs, StreamShard
+from .streams import stream_loader
 from .utils import UserError
 
 logger = logging.getLogger(__name__)
@@ -68,45 +69,38 @@ def loader(
         limit: use only the first n batches of the dataset; 0 for all.
     """
     size = kwargs.get("batch_size", args[0] if args else 1)
-    options = kwargs | {"batch_size": size, "updates": updates_per_epoch}
-    _check(dataset, shuffle or sampler or limit, sampler, limit, options)
-    if is_stream := isinstance(dataset, IterableDataset):
-        dataset = StreamShard(dataset)
-    else:
-        batch = (size or 1) * distrib.world_size()
-        if limit or not hasattr(dataset, "__dict__"):  # such as a list: workers set an attribute
-            dataset = Subset(dataset, range(len(dataset))[: limit * batch or None])
-        examples = updates_per_epoch and updates_per_epoch * batch
-        multiple, kind = batch if kwargs.get("drop_last") else 1, sampler or EpochSampler
-        kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples, multiple)
-    kwargs = _defaults(dataset, seed) | kwargs
-    batches = klass(dataset, *args, **workers.options(seed, kwargs))
-    return StreamEpochs(batches, updates_per_epoch) if is_stream and updates_per_epoch else batches
+    _check(sampler, limit, kwargs)
+    make = partial(_make, klass, seed, args, kwargs)
+    if isinstance(dataset, IterableDataset):
+        return stream_loader(dataset, make, updates_per_epoch, bool(shuffle or sampler or limit))
+    if size is None and kwargs.get("num_workers"):
+        logger.warning("batch_size=None: random numbers of workers differ after a resume")
+    batch = (size or 1) * distrib.world_size()
+    if limit or not hasattr(dataset, "__dict__"):  # such as a list: workers set an attribute
+        dataset = Subset(dataset, range(len(dataset))[: limit * batch or None])
+    examples = updates_per_epoch and updates_per_epoch * batch
+    multiple, kind = batch if kwargs.get("drop_last") else 1, sampler or EpochSampler
+    return make(dataset, sampler=kind(cast(Sized, dataset), shuffle, seed, examples, multiple))
 
 
-def _defaults(dataset: object, seed: int) -> dict[str, Any]:
-    """Return arguments of a DataLoader: a generator of its own, memory pinned for a device."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    tensors = dataset.tensors if isinstance(dataset, TensorDataset) else ()
+def _make(
+    klass: Any, seed: int, args: Any, kwargs: dict[str, Any], dataset: Any, **more: Any
+) -> Any:
+    """Return a DataLoader with a generator of its own, and memory pinned for a device."""
+    source = dataset
+    while isinstance(source, Subset):
+        source = source.dataset
+    tensors = source.tensors if isinstance(source, TensorDataset) else ()
     pins = all(t.is_cpu for t in tensors) and accelerator() not in (None, torch.mps)
-    return {"generator": torch.Generator().manual_seed(seed), "pin_memory": pins}
+    defaults = {"generator": torch.Generator().manual_seed(seed), "pin_memory": pins}
+    return klass(dataset, *args, **workers.options(seed, defaults | kwargs | more))
 
 
-def _check(
-    dataset: object, ordered: object, sampler: object, limit: int, options: dict[str, Any]
-) -> None:
+def _check(sampler: object, limit: int, options: dict[str, Any]) -> None:
     if options.get("batch_sampler") is not None or not (sampler is None or callable(sampler)):
         raise ValueError("loader: batch_sampler= and other samplers are for DataLoader itself")
     if limit < 0:
         raise UserError(f"loader: limit={limit}; give a number of batches, or 0 for all")
-    if isinstance(dataset, IterableDataset):
-        if ordered:
-            raise ValueError("loader: an iterable dataset has an order and an end of its own")
-        if options["updates"] is not None and options["updates"] < 1:
-            raise UserError(f"loader: updates_per_epoch={options['updates']}: give at least 1")
-    elif options["batch_size"] is None and options.get("num_workers"):
-        logger.warning("batch_size=None: random numbers of workers differ after a resume")
 
 
 @dataclass(eq=False, repr=False)

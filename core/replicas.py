@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 Keys = tuple[Any, ...]  # of nested dicts and lists
 Sums = dict[Keys, int]
 
+METRIC = "metric"  # begins the keys of the latest metrics
 NOT_COMPARED = {"history", "xp.cfg", "xp.sig"}  # durations may differ; the others are the run's
 
 
@@ -42,13 +44,15 @@ def add_own(
     if not distrib.is_distributed():
         return
     parts = {keys: part for keys, part in _parts(state, ()) if keys[0] not in NOT_COMPARED}
-    sums = _checksums(parts)
+    metrics = dict(_parts(state["history"][-1:], (METRIC,)))
+    sums = _checksums(parts | {k: value for k, value in metrics.items() if k[-1] != "duration"})
     digest = zlib.crc32(repr(sums).encode())
     if len({*distrib.gather_objects(digest, "comparing the state")}) == 1:
         return
     ranks = distrib.gather_objects(sums, "comparing the state")
     weights = {*_weights(modules)}
     _warn([keys for keys in ranks[0] if keys in weights], ranks)
+    _warn_of_metrics([keys for keys in ranks[0] if keys[0] == METRIC], ranks)
     sharded = {keys[0] for keys, part in parts.items() if hasattr(part, "placements")}
     names = dict.fromkeys(k[0] for k in parts if k[0] not in modules and k[0] not in sharded)
     whole = [name for name in names if _keys(sums, name) != _keys(ranks[0], name)]
@@ -109,6 +113,15 @@ def _warn(weights: list[Keys], ranks: list[Sums]) -> None:
         )
         note += "averaged, and was distrib.broadcast_model called? Else suspect a memory error"
         logger.warning(note, ", ".join(wrong[:3]), len(wrong))
+
+
+def _warn_of_metrics(metrics: list[Keys], ranks: list[Sums]) -> None:
+    """Name the metrics that are not the same on all ranks that have them."""
+    known = {keys: {sums[keys] for sums in ranks if keys in sums} for keys in metrics}
+    own = [".".join(map(str, keys[2:])) for keys, values in known.items() if len(values) > 1]
+    if own and distrib.is_rank_zero():
+        note = f"Metrics differ from rank to rank, and rank 0's are kept: {', '.join(own)}. "
+        warnings.warn(note + "distrib.average_metrics averages", stacklevel=2)
 
 
 def _checksums(parts: Mapping[Keys, Any]) -> Sums:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from .plain import to_plain
 from .provenance import record_start
 from .run import XP, get_xp, record_config, resume_command
 from .trackers import LocalFiles, Tracker, check_audio, check_image, check_names
-from .utils import UserError
+from .utils import UserError, flatten
 
 T = TypeVar("T")
 MEDIA = "log_audio", "log_image", "log_text"
@@ -118,7 +118,7 @@ class ResultLogger:
         self._send("log_audio", *check_names(stage, key), audio, sample_rate, step)
 
     def log_image(self, stage: str, key: str, image: Any, step: int) -> None:
-        """Log an image `[C, H, W]`, floats in 0..1 or bytes, or of Pillow."""
+        """Log an image: `[C, H, W]`, floats in 0..1 or bytes, or see `check_image`."""
         self._send("log_image", *check_names(stage, key), check_image(image), step)
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
@@ -220,18 +220,17 @@ class Logs:
         """Send results to Weights & Biases; see `trackers.wandb.WandB`."""
         self.result_logger.init_wandb(*args, **kwargs)
 
-    def init_trackers(self, names: Iterable[str], project: str | None = None) -> None:
+    def init_trackers(self, names: Iterable[str], **wandb: Any) -> None:
         """Send results to trackers by name, as a config lists them: `tensorboard`, `wandb`.
 
         Args:
             names: of the trackers.
-            project: of W&B's, unless `WANDB_PROJECT` is set.
+            wandb: options of W&B, such as `project`; see `trackers.WandB`.
         """
-        project = os.environ.get("WANDB_PROJECT") or project
         for name in names:
             if name not in ("tensorboard", "wandb"):
                 raise UserError(f"no tracker is called {name!r}; there are tensorboard and wandb")
-            getattr(self, f"init_{name}")(**{"project": project} if name == "wandb" else {})
+            getattr(self, f"init_{name}")(**wandb if name == "wandb" else {})
 
     def log_progress(
         self, stage_name: str, iterable: Iterable[T], total: int | None = None, updates: int = 5
@@ -266,7 +265,7 @@ class Logs:
         self.result_logger.log_audio(stage_name, key, audio, sample_rate, self.epoch)
 
     def log_image(self, stage_name: str, key: str, image: Any) -> None:
-        """Log an image `[C, H, W]`, floats in 0..1 or bytes, or of Pillow."""
+        """Log an image: `[C, H, W]`, floats in 0..1 or bytes, of Pillow, or of matplotlib."""
         self.result_logger.log_image(stage_name, key, image, self.epoch)
 
     def log_text(self, stage_name: str, key: str, text: str) -> None:
@@ -296,7 +295,7 @@ class Logs:
             self.logger.info("To resume it, whenever it stops: %s", command)
 
     def _log_end(self, policy: Policy) -> None:
-        """Log the end of the run; UserError without any epoch."""
+        """Log the end of the run, and print it, for scripts; UserError without any epoch."""
         if not self.history:
             raise UserError(f"run {self.xp.sig} ends without a commit: is `epochs` at least 1?")
         epoch = policy.best_epoch(self.history)
@@ -306,3 +305,9 @@ class Logs:
         if self._started_in == self.epoch:
             cure = "raise `epochs`, or start anew with `dora run --clear`"
             self.logger.info(f"Nothing left to train: {cure}")
+        end = {"sig": self.xp.sig, "folder": self.folder, "epochs": len(self.history)}
+        end |= {"best_epoch": epoch} if epoch else {}
+        if distrib.is_rank_zero():
+            with suppress(OSError, ValueError):  # stdout may be closed
+                for name, value in (end | flatten(self.history[-1])).items():
+                    print(f"{name}: {value}", flush=True)

@@ -115,7 +115,7 @@ class BaseSolver(Logs):
     @property
     def checkpoint_path(self) -> Path:
         """File of the latest checkpoint."""
-        return self.folder / "checkpoint.th"
+        return self.folder / checkpoint.FILE
 
     def commit(self, save_checkpoint: bool = True) -> None:
         """End the epoch: save the state, then publish the history; all ranks must take part.

@@ -133,8 +133,7 @@ class Stage:
     def finish(self, returned: Any) -> dict[str, Any]:
         """End the stage; return its metrics as numbers, with its duration."""
         if not isinstance(returned, Mapping | None):
-            kind = type(returned).__name__
-            raise TypeError(f"stage {self.name!r} returned a {kind}, not a dict of metrics")
+            raise TypeError(f"stage {self.name!r} returned {type(returned)}, not a dict of metrics")
         if returned is None and self.averages:
             logger.warning("Stage %s logged metrics and returned none: no return?", self.name)
         if returned and "duration" in returned:
@@ -188,6 +187,11 @@ class Steps(Generic[T]):
     def step(self) -> int:
         """Number of finished steps, also of those before a resume."""
         return self.stage.step
+
+    @property
+    def count(self) -> int:
+        """Number of finished steps of this stage since the run began, over all epochs."""
+        return self.stage.counted + self.stage.step
 
     def __len__(self) -> int:
         if self.total is None:
@@ -290,11 +294,12 @@ class Steps(Generic[T]):
         stage = self.stage
         stage.at_begin, stage.layout = get_rng_state(), layout(self.data)
         sampler = getattr(self.data, "sampler", None)
+        dealt_out = isinstance(sampler, EpochSampler)
         if stage.requests.listens:
-            self._check_data(isinstance(sampler, EpochSampler))
+            self._check_data(dealt_out)
         if (cursor := stage.epoch.cursor) is None:
             return iter(self.data)
-        mine, skipped = stage.epoch.mine, stage.step
+        mine = stage.epoch.mine
         known = stage.stateful.holds(self.data)  # its position, when its state is loaded
         if (self.beta != 1 or known) and len(cursor.ranks) != distrib.world_size():
             why = "averages with beta=, or a loader with a state, need the same number of processes"
@@ -308,13 +313,11 @@ class Steps(Generic[T]):
         stage.at_begin = mine["loop"]
         if known:
             stage.epoch.arrive()
-            skipped = 0
         elif isinstance(sampler, EpochSampler):
             sampler.skip(stage.step * stage.layout[0])
-            skipped = 0
         set_rng_state(mine["loop"])
         iterator = iter(self.data)
-        for _ in range(skipped):
+        for _ in range(0 if known or dealt_out else stage.step):
             next(iterator, None)
         stage.epoch.arrive()
         set_rng_state(mine["now"])

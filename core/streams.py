@@ -1,9 +1,9 @@
-"""Streams: iterable datasets, dealt out over ranks and workers, and epochs of any length."""
+"""Streams: iterable datasets, dealt out over ranks and workers; epochs of any length (optional)."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -11,6 +11,25 @@ from torch.utils.data import IterableDataset, get_worker_info
 from . import distrib
 from .rng import Position, get_rng_state, position, set_rng_state
 from .utils import UserError
+
+
+def stream_loader(
+    dataset: IterableDataset[Any], make: Callable[[Any], Any], updates: int | None, ordered: bool
+) -> Any:
+    """Return a loader of this rank's part of a stream.
+
+    Args:
+        dataset: the same stream on all ranks.
+        make: makes a DataLoader of a dataset.
+        updates: batches in an epoch; None for the whole stream.
+        ordered: whether an order or a limit was asked for, which is refused.
+    """
+    if ordered:
+        raise ValueError("loader: an iterable dataset has an order and an end of its own")
+    if updates is not None and updates < 1:
+        raise UserError(f"loader: updates_per_epoch={updates}: give at least 1")
+    batches = make(StreamShard(dataset))
+    return batches if updates is None else StreamEpochs(batches, updates)
 
 
 class StreamShard(IterableDataset[Any]):

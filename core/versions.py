@@ -59,7 +59,7 @@ def load_part(
     strict: bool,
 ) -> Path:
     """Restore some states from another run in `runs`; see `BaseSolver.continue_from`."""
-    tried = Path(source), Path(source, "checkpoint.th"), runs / source / "checkpoint.th"
+    tried = Path(source), Path(source, checkpoint.FILE), runs / source / checkpoint.FILE
     if (path := next(filter(Path.is_file, tried), None)) is None:
         raise UserError(f"{source}: no signature, folder or checkpoint of a run; tried {tried[-1]}")
     try:

@@ -7,7 +7,7 @@ from, as `.template.json` records, are rendered with the same answers. The diffe
 two is merged into the project as `git cherry-pick` would, and staged, not committed. The user's
 edits stay; where both sides changed the same lines there are conflict markers, and the exit code is
 1; it is 2 if there is no update, with the reason. `git reset --hard` gives back the start. The
-files of the example are the user's own, and left alone unless --example or --set is given.
+files of the example are the user's own: without --example, only other answers change them.
 
 The command line is a contract: projects of any age start this file. They trust the address, but
 not the rest of the record, which comes with a clone of anybody's repo: an answer is data, never
@@ -221,11 +221,11 @@ def of_example(source: Path, answers: Mapping[str, Any]) -> set[Path]:
     return {Path(places[part], *rest) for part, *rest in names if part in places}
 
 
-def leave_alone(names: set[Path], project: Path, base: Path, wanted: Path) -> None:
-    """Undo the changes to some files between two trees, and name those that the project has."""
+def leave_alone(names: set[Path], project: Path, kept: Path, wanted: Path) -> None:
+    """Give some files in `wanted` the content in `kept`; name those that the project has."""
     changed = []
     for name in sorted(names):
-        old, new = base / name, wanted / name
+        old, new = kept / name, wanted / name
         if old.exists() != new.exists() or (old.exists() and old.read_bytes() != new.read_bytes()):
             changed += [str(name)] if (project / name).exists() else []
         new.unlink(missing_ok=True)
@@ -285,9 +285,11 @@ def update(project: Path, args: argparse.Namespace, scratch: Path) -> int:
     title = ", ".join([f"{record} to {new}", *args.set])
     print(f"Template {title}")
     base, source = render_base(project, record, args.address, scratch)
-    if not (args.example or args.set):
+    if not (args.example or "example" in given):
         example = of_example(source, record.answers) | of_example(ROOT, new.answers)
-        leave_alone(example, project, base, wanted)
+        place, answers = Record.read(base).template, record.answers | given
+        kept = render(source, place, answers, scratch) if given else base
+        leave_alone(example, project, kept, wanted)
     prefix = git(project, "rev-parse", "--show-prefix")
     shutil.copy(project / RECORD, base)
     for tree, name in ((base, "base"), (wanted, "wanted")):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -51,18 +52,30 @@ def test_each_recipe_is_run_by_a_test() -> None:
     assert [title for title in titles if f'("{title}"' not in tests] == []
 
 
-def test_one_stage_of_a_trained_run(project: Path) -> None:
-    python(project, "-m", "dora", "run", "optim.ema=0.5", "checkpoint.best=max valid.acc")
+def test_a_flag_for_one_stage(project: Path) -> None:
+    package = project / "my_research"
+    for name, old, new in (
+        ("schema.py", "    seed: int\n", "    seed: int\n    only_valid: bool\n"),
+        ("config/config.yaml", "seed: 0\n", "seed: 0\nonly_valid: false\n"),
+        ("config/config.yaml", "exclude: [", "exclude: [only_valid, "),
+    ):
+        text = (package / name).read_text()
+        assert old in text
+        (package / name).write_text(text.replace(old, new))
+    with (package / "solver.py").open("a") as file:
+        file.write("\n" + textwrap.indent(block("A flag for one stage"), "    "))
+    command = ["-m", "dora", "run", "optim.ema=0.5", "checkpoint.best=max valid.acc"]
+    python(project, *command)
     [run] = (project / "outputs" / "xps").iterdir()
     before = contents(run)
-    code = block("One stage of a trained run").replace("SIG", run.name)
-    then = "import json; print(json.dumps(metrics))"
-    metrics = json.loads(python(project, "-c", f"{code}\n{then}").splitlines()[-1])
+    said = python(project, "-m", "dora", "run", "-f", run.name, "only_valid=true")
     history = json.loads((run / "history.json").read_text())
-    best = max((epoch["valid"] for epoch in history), key=lambda valid: float(valid["acc"]))
-    for name in ("loss", "acc"):
-        assert metrics[name] == pytest.approx(best[name])
-    assert contents(run) == before
+    best = max(history, key=lambda epoch: float(epoch["valid"]["acc"]))
+    assert f"Valid Summary | Epoch 3 | loss {best['valid']['loss']:.4f} | acc" in said
+    ours = dict.fromkeys(("solver.log.0", ".argv.json"), b"")
+    assert contents(run) | ours == before | ours
+    said = python(project, "-m", "dora", "run", "-f", run.name, "only_valid=false")
+    assert "is complete after epoch 2" in said
 
 
 def test_optuna(project: Path) -> None:

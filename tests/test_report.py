@@ -73,10 +73,11 @@ def test_table(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_chosen_metrics(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    history = [{**epoch(1.0), "test": {"frechet": 7.0}}]
+    history = [epoch(1.0), {"test": {"frechet": 7.0}}]
     add_run(runs, "cccc3333", history, epochs=1, optim={"lr": 0.1}, seed=0)
-    head, *_ = said(capsys, "--dir", str(runs))
+    head, _, *rows, _ = said(capsys, "--dir", str(runs))
     assert head.split()[-3:] == ["test.frechet", "valid.loss", "valid.acc"]
+    assert rows[-1].split()[2] == "1/1", "a test is no epoch of training"
     chosen = "--metrics", "train.loss", "test.*"
     head, _, *rows, _ = said(capsys, "--dir", str(runs), *chosen)
     assert head.split()[-2:] == ["train.loss", "test.frechet"]

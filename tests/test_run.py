@@ -66,6 +66,9 @@ def test_ctrl_c_and_on(project: Path) -> None:
     said = run(project, "-m", *resume.split())
     assert "resumes in epoch 2:" in said
     assert "Config of run" not in said
+    end = dict(line.split(": ", 1) for line in said.splitlines() if re.match(r"[\w.]+: \S+$", line))
+    assert (end["epochs"], Path(end["folder"]).name) == ("3", end["sig"])
+    assert float(end["valid.acc"]) == history(project)[-1]["valid"]["acc"]
     assert "is complete after epoch 3: " in said
     assert len(history(project)) == 3
 
@@ -83,6 +86,16 @@ def test_asked_to_stop_it_goes_on_with_the_next_step(project: Path) -> None:
     run(project, *train, env=os.environ | {"MY_RESEARCH_DIR": "whole"})
     stopped, whole = (project.glob(f"{name}/xps/*/checkpoint.th") for name in ("outputs", "whole"))
     assert same(load(next(stopped)), load(next(whole)))
+
+
+def test_a_run_is_trained_longer(project: Path) -> None:
+    config = project / "my_research" / "config" / "config.yaml"
+    config.write_text(config.read_text().replace("exclude: [", "exclude: [epochs, "))
+    run(project, "-m", "dora", "run", "epochs=1", "trackers=[]")
+    said = run(project, "-m", "dora", "run", "epochs=2", "trackers=[]")
+    assert "The config has changed: epochs: 1 -> 2" in said
+    assert "resumes in epoch 2" in said
+    assert len(history(project)) == 2
 
 
 def test_doras_other_commands(project: Path) -> None:

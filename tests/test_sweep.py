@@ -53,7 +53,11 @@ def started(project: Path) -> int:
 @pytest.mark.promise
 def test_a_sweep_is_stopped_resumed_and_then_left_alone(project: Path) -> None:
     add_grid(project, "three", "1e-3, 3e-3, 1e-2")
-    assert sweep(project, "three", "--dry-run").count(" PEN ") == 3
+    said = sweep(project, "three", "--dry-run")
+    assert said.count(" PENDING ") == 3
+    assert "In all runs: epochs=3\n" in said
+    assert re.search(r"^ *index *name *state .* \| *epoch *loss *\| *loss *acc", said, re.M)
+    assert re.search(r"^ *2  optim.lr=0.01 ", said, re.M)
     assert not (project / "outputs" / "xps").exists()
 
     gate = Gate(project)
@@ -77,21 +81,21 @@ def test_a_sweep_is_stopped_resumed_and_then_left_alone(project: Path) -> None:
 
     gate.open()
     said = sweep(project, "three", "--workers", "2")
-    assert said.split("\n\n")[-1].count(" COM ") == 3
+    assert said.split("\n\n")[-1].count(" COMPLETED ") == 3
     assert epochs(project) == [3, 3, 3]
     for path in project.glob("outputs/xps/*/sweep.json"):
         whole = path.read_text()
         path.write_text("{")  # as if a disk had been full
-        assert sweep(project, "three", "--dry-run").count(" COM ") == 2
+        assert sweep(project, "three", "--dry-run").count(" COMPLETED ") == 2
         path.write_text(whole)
     count = started(project)
-    assert sweep(project, "three").count(" COM ") == 3
+    assert sweep(project, "three").count(" COMPLETED ") == 3
     assert started(project) == count
 
     config = project / "my_research" / "config" / "config.yaml"
     config.write_text(config.read_text().replace("dropout: 0.2", "dropout: 0.5"))
     said = sweep(project, "three", "--workers", "2", code=1)
-    assert said.split("\n\n")[-1].count(" FAI ") == 3  # as `dora run` would refuse each
+    assert said.split("\n\n")[-1].count(" FAILED ") == 3  # as `dora run` would refuse each
     assert "has changed since its last checkpoint: model.dropout: 0.2 -> 0.5" in said
 
 
@@ -104,18 +108,27 @@ def test_a_run_that_trains_elsewhere_is_left_alone(project: Path) -> None:
     said = sweep(project, "one", code=1)
     [sig] = [path.name for path in project.glob("outputs/xps/*")]
     assert re.search(f"Run {sig} .*another process", said)
-    assert " ELS " in said
+    assert " ELSEWHERE " in said
     gate.open()
     elsewhere.finish()
     assert started(project) == 1
     assert epochs(project) == [3]
 
 
+def test_a_longer_training_of_the_same_run_is_not_complete(project: Path) -> None:
+    config = project / "my_research" / "config" / "config.yaml"
+    config.write_text(config.read_text().replace("exclude: [", "exclude: [epochs, "))
+    for number in (1, 2):
+        add_grid(project, "one", "1e-3,", epochs=number)
+        assert " COMPLETED " in sweep(project, "one")
+        assert epochs(project) == [number]
+
+
 def test_a_failure_shows_the_end_of_its_log(project: Path) -> None:
     add_grid(project, "bad", "-1.0,")
     said = sweep(project, "bad", code=1)
     assert "Invalid learning rate: -1.0" in said
-    assert " FAI " in said
+    assert " FAILED " in said
     assert "sweep.log" in said
 
 
@@ -159,7 +172,7 @@ def test_without_slurm_dora_names_the_other_way(project: Path) -> None:
 
 def test_damage_costs_the_damaged_run(project: Path) -> None:
     add_grid(project, "two", "1e-3, 3e-3", epochs=1)
-    assert sweep(project, "two", "--workers=1").split("\n\n")[-1].count(" COM ") == 2
+    assert sweep(project, "two", "--workers=1").split("\n\n")[-1].count(" COMPLETED ") == 2
     first, _ = sorted(project.glob("outputs/xps/*"))
     for name, text in (
         ("sweep.json", "[]"),
@@ -169,16 +182,17 @@ def test_damage_costs_the_damaged_run(project: Path) -> None:
     ):
         whole = (first / name).read_bytes()
         (first / name).write_bytes(text.encode(errors="surrogateescape"))
-        assert sweep(project, "two", "--dry-run").count(" COM ") == 1
+        assert sweep(project, "two", "--dry-run").count(" COMPLETED ") == 1
         (first / name).unlink()
         (first / name).mkdir()
-        assert sweep(project, "two", "--dry-run").count(" COM ") == 1
+        assert sweep(project, "two", "--dry-run").count(" COMPLETED ") == 1
         (first / name).rmdir()
         (first / name).write_bytes(whole)
-    assert sweep(project, "two", "--dry-run").count(" COM ") == 2
+    assert sweep(project, "two", "--dry-run").count(" COMPLETED ") == 2
     (first / "sweep.json").unlink()
     (first / "sweep.log").unlink()
     (first / "sweep.log").mkdir()
     said = sweep(project, "two", code=1)
     assert re.search(rf"Run {first.name} can't be started: .*sweep\.log", said)
-    assert said.split("\n\n")[-1].count(" COM ") == said.split("\n\n")[-1].count(" FAI ") == 1
+    table = said.split("\n\n")[-1]
+    assert table.count(" COMPLETED ") == table.count(" FAILED ") == 1

@@ -296,6 +296,9 @@ def test_other_answers_and_none_of_cookiecutters_own_files(
     assert text.startswith(UPSTREAM)
     assert text.endswith(MINE)
     assert (project / "other" / "solver.py").read_text().startswith(MINE)
+    assert not (project / "other" / "model.py").read_text().startswith(UPSTREAM)
+    config = (project / "other" / "config" / "config.yaml").read_text()
+    assert "trackers: [wandb]" in config
     assert not list((project / "my_research").rglob("*.py"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import wave
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Self
@@ -82,17 +83,26 @@ def check_audio(audio: Any) -> Tensor:
 def check_image(image: Any) -> Tensor:
     """Return an image as a float tensor `[C, H, W]` in 0..1 on the CPU; ValueError otherwise.
 
-    Bytes (0..255) are scaled. An image of Pillow is converted, unless its pixels are no bytes.
+    Also takes `[H, W, C]`, `[H, W]`, images of Pillow and figures of matplotlib. Bytes (0..255) are
+    scaled.
     """
-    needs, channels = "log_image: needs [C, H, W], C of 1, 3 or 4", (1, 3, 4)
+    needs, channels = "log_image: needs [C, H, W] or [H, W, C], C of 1, 3 or 4", (1, 3, 4)
+    if hasattr(image, "savefig"):
+        image.savefig(file := io.BytesIO(), format="png")
+        from PIL import Image
+
+        image = Image.open(file)
     if is_pillow := hasattr(image, "convert") and image.mode[0] not in "IF":
-        pixels = np.array(image.convert("RGBA" if "A" in image.mode.upper() else "RGB"))
-        image = pixels.transpose(2, 0, 1)
+        image = np.array(image.convert("RGBA" if "A" in image.mode.upper() else "RGB"))
     tensor = _tensor(image, needs)
-    if tensor.ndim != 3 or len(tensor) not in channels:
-        raise ValueError(f"{needs}, not {_shape(tensor)}")
-    if not is_pillow and tensor.shape[2] in channels:
-        raise ValueError(f"{needs}: {_shape(tensor)} could be [H, W, C]; W can't be 1, 3 or 4")
+    tensor = tensor[None] if tensor.ndim == 2 else tensor
+    first, last = (tensor.ndim == 3 and tensor.shape[i] in channels for i in (0, 2))
+    if not first and not last:
+        raise ValueError(f"{needs}, not {_shape(tensor)}; make_grid tiles a batch")
+    if first and last and not is_pillow:
+        raise ValueError(f"{needs}, and {_shape(tensor)} could be both: permute it, or pad it")
+    if last:
+        tensor = tensor.permute(2, 0, 1)
     if tensor.dtype == torch.uint8:
         return tensor / 255
     if tensor.is_floating_point() or tensor.dtype == torch.bool:

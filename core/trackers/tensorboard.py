@@ -51,8 +51,9 @@ class TensorBoard(Tracker):
             self._writers[folder] = SummaryWriter(path, purge_step=forget)
         return self._writers[folder]
 
-    def _epochs(self) -> Any:
-        """The writer whose steps are epochs."""
+    @property
+    def writer(self) -> Any:
+        """The `SummaryWriter` whose steps are epochs: also for histograms, videos and more."""
         writer = self._writer(forget=self._epoch)
         while self._hyperparams:
             writer._get_file_writer().add_summary(self._hyperparams.pop(0))
@@ -67,7 +68,7 @@ class TensorBoard(Tracker):
         self._hyperparams += hparams(values, dict(metrics))
 
     def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        _add(self._epochs(), stage, metrics, step)
+        _add(self.writer, stage, metrics, step)
         for writer in self._writers.values():
             writer.flush()
 
@@ -81,13 +82,13 @@ class TensorBoard(Tracker):
         self, stage: str, key: str, audio: torch.Tensor, sample_rate: int, step: int
     ) -> None:
         mono = audio.mean(0, keepdim=True)  # all that the writer can encode
-        self._epochs().add_audio(f"{stage}/{key}", mono, step, sample_rate)
+        self.writer.add_audio(f"{stage}/{key}", mono, step, sample_rate)
 
     def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
-        self._epochs().add_image(f"{stage}/{key}", image.nan_to_num(0.0).clamp(0, 1), step)
+        self.writer.add_image(f"{stage}/{key}", image.nan_to_num(0.0).clamp(0, 1), step)
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
-        self._epochs().add_text(f"{stage}/{key}", text, step)
+        self.writer.add_text(f"{stage}/{key}", text, step)
 
 
 def _add(writer: Any, group: str, metrics: Mapping[str, Any], step: int) -> None:

@@ -30,25 +30,24 @@ class WandB(Tracker):
     Args:
         xp: the run.
         with_media_logging: send media as well.
-        project: defaults to W&B's own default.
-        name: shown for the run; defaults to the signature.
-        group: to gather runs under.
+        options: arguments of `wandb.init`, such as `project`, `name` (the signature by default),
+            `group`, `entity` and `job_type`; None for W&B's own default.
     """
 
-    def __init__(
-        self,
-        xp: XP,
-        with_media_logging: bool = True,
-        project: str | None = None,
-        name: str | None = None,
-        group: str | None = None,
-    ) -> None:
+    def __init__(self, xp: XP, with_media_logging: bool = True, **options: Any) -> None:
         super().__init__(xp, with_media_logging)
-        self.project = project
-        self.name = name or _told("NAME", xp.sig)
-        self.group = group
-        self.id = _told("RUN_ID", xp.sig)
-        self.dir = Path(_told("DIR", xp.folder))
+        tags = getattr(xp.cfg, "tags", None) or ()
+        chosen = {
+            "id": xp.sig,
+            "name": xp.sig,
+            "dir": xp.folder,
+            "tags": [tags] if isinstance(tags, str) else [*map(str, tags)],
+            "notes": getattr(xp.cfg, "note", None) or None,
+            "resume": "allow",
+            "reinit": "finish_previous",  # else a second run of this process would join it
+        }
+        chosen |= {name: value for name, value in options.items() if value is not None}
+        self._options = {name: value for name, value in chosen.items() if not _told(name)}
         self._hyperparams: dict[str, Mapping[str, Any]] = {}
         self._axes: set[str] = set()
         self._rows = itertools.count()
@@ -60,7 +59,9 @@ class WandB(Tracker):
             self._opened = self._open()
             # W&B's step may only grow, also when an epoch is repeated: so axes are of our own, and
             # rows just get numbers. Offline, W&B does not know how far an earlier start came.
-            starts = len(list((self.dir / "wandb").glob(f"offline-run-*-{self.id}")))
+            starts = len(
+                [*Path(self._opened.dir).parents[1].glob(f"offline-run-*-{self._opened.id}")]
+            )
             earlier = OFFLINE_ROWS * (starts - 1) if starts else 0
             self._rows = itertools.count(max(self._opened.step, earlier))
             self._opened.define_metric("epoch")
@@ -74,20 +75,8 @@ class WandB(Tracker):
     def _open(self) -> Any:
         import wandb
 
-        tags = getattr(self.xp.cfg, "tags", None) or ()
-        start = functools.partial(
-            wandb.init,
-            project=self.project,
-            name=self.name,
-            group=self.group,
-            tags=[tags] if isinstance(tags, str) else [*map(str, tags)],
-            notes=getattr(self.xp.cfg, "note", None) or None,
-            id=self.id,
-            dir=self.dir,
-            resume="allow",
-            reinit="finish_previous",  # else a second run of this process would join it
-        )
-        if _told("DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        start = functools.partial(wandb.init, **self._options)
+        if _told("disabled").lower() in ("1", "true", "yes", "on"):
             return start(mode="disabled")
         if wandb.setup().settings.mode != "online":
             return start()
@@ -142,6 +131,7 @@ class WandB(Tracker):
         self._run().log(row, step=next(self._rows))
 
 
-def _told(name: str, default: Any) -> Any:
-    """Return a variable of W&B's from the environment, or else a default."""
-    return os.environ.get(f"WANDB_{name}") or default
+def _told(name: str) -> str:
+    """Return the environment's value of an argument of `wandb.init`, if any."""
+    prefix = "WANDB_RUN_" if name in ("id", "group") else "WANDB_"
+    return os.environ.get(prefix + name.upper(), "")

@@ -512,10 +512,13 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "theirs")
     numbers = []
     for epochs in (range(1, 4), range(3, 5)):
         before = set(tmp_path.glob("wandb/offline-run-*-abc"))
-        tracker = WandB(FolderXP(tmp_path, sig="abc"), project="p")
+        solver = BaseSolver(FolderXP(tmp_path, sig="abc"))
+        solver.init_trackers(["wandb"], project="p", group="ours", job_type="train", name=None)
+        tracker = next(t for t in solver.result_logger.trackers if isinstance(t, WandB))
         tracker.log_hyperparams({"lr": 1}, {})
         assert set(tmp_path.glob("wandb/offline-run-*-abc")) == before, "a run without a value"
         log_all(tracker, epochs)
@@ -526,7 +529,8 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             records = list(read_wandb(folder))
             time.sleep(0.1)
         run = next(record.run for record in records if record.HasField("run"))
-        assert (run.run_id, run.project) == ("abc", "p")
+        assert (run.run_id, run.display_name) == ("abc", "abc")
+        assert (run.project, run.run_group, run.job_type) == ("p", "theirs", "train")
         changed = [
             item
             for record in records
@@ -570,20 +574,18 @@ def wandb() -> Iterator[Any]:
     module.teardown()
 
 
-@pytest.mark.parametrize("explicit", [False, True])
 def test_wandb_listens_to_its_environment(
-    explicit: bool, wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     env = {"MODE": "offline", "SILENT": "true", "PROJECT": "theirs", "NAME": "named"}
     env |= {"RUN_ID": "chosen", "DIR": str(tmp_path / "elsewhere")}
     for name, value in env.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    given: Any = {"project": "ours", "name": "mine"} if explicit else {}
-    tracker = WandB(FolderXP(tmp_path / "run", sig="abc"), **given)
+    tracker = WandB(FolderXP(tmp_path / "run", sig="abc"), project="ours")
     tracker.log_metrics("train", {"loss": 1.0}, 1)
     run = tracker._opened
-    assert (run.project, run.name) == (("ours", "mine") if explicit else ("theirs", "named"))
+    assert (run.project, run.name) == ("theirs", "named")
     assert run.id == "chosen"
     run.finish()
     assert list(tmp_path.glob("elsewhere/wandb/offline-run-*-chosen"))
@@ -598,18 +600,6 @@ def test_wandb_can_be_disabled(
     log_all(tracker := WandB(FolderXP(tmp_path, sig="abc")), range(1, 3))
     assert tracker._opened.disabled
     assert not (tmp_path / "wandb").exists()
-
-
-def test_the_environment_names_the_project_rather_than_a_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    solver = BaseSolver(tmp_path)
-    solver.init_trackers(["wandb"], project="package")
-    monkeypatch.setenv("WANDB_PROJECT", "theirs")
-    solver.init_trackers(["wandb"], project="package")
-    solver.init_wandb(project="ours")
-    trackers = [t for t in solver.result_logger.trackers if isinstance(t, WandB)]
-    assert [tracker.project for tracker in trackers] == ["package", "theirs", "ours"]
 
 
 def test_wandb_without_a_server(tmp_path: Path, said: list[str]) -> None:
@@ -635,8 +625,8 @@ def test_results_reach_trackers_and_failures_are_said_once(tmp_path: Path, said:
     assert sum("Broken" in line for line in said) == 1
     assert any("Train Summary | Epoch 2 | loss 2" in line for line in said)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-    with pytest.raises(ValueError, match=r"\[C, H, W\].*\(5, 5\)"):
-        results.log_image("train", "x", torch.zeros(5, 5), 1)
+    with pytest.raises(ValueError, match=r"\[C, H, W\].*\(5, 5, 5\)"):
+        results.log_image("train", "x", torch.zeros(5, 5, 5), 1)
     with pytest.raises(ValueError, match=r"\[C, T\].*\(5,\)"):
         results.log_audio("train", "x", torch.zeros(5), 8000, 1)
     with pytest.raises(ValueError, match=r"log_text.* int"):
@@ -700,6 +690,10 @@ WHITE = np.full((1, 8, 8), 255, np.uint8)
         (WHITE > 3, (1, 8, 8), 1.0),
         (WHITE / 510, (1, 8, 8), 0.5),
         (torch.full((3, 8, 8), 0.5, dtype=torch.bfloat16, requires_grad=True), (3, 8, 8), 0.5),
+        (WHITE[0], (1, 8, 8), 1.0),
+        ([[0.0, 1.0]], (1, 1, 2), 0.5),
+        (WHITE[0, :, :, None].repeat(3, 2), (3, 8, 8), 1.0),
+        (torch.ones(640, 480, 4), (4, 640, 480), 1.0),
         (pillow("RGB"), (3, 5, 3), 1 / 3),
         (pillow("RGBA"), (4, 5, 3), 1 / 2),
         (pillow("P"), (3, 5, 3), 1 / 3),
@@ -720,6 +714,15 @@ def test_images_of_many_kinds(
         assert tracker.image.mean().item() == pytest.approx(mean, abs=0.01)
 
 
+def test_a_figure_is_an_image(results: ResultLogger) -> None:
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(2, 1), dpi=50)
+    figure.subplots().plot([1, 2])
+    results.log_image("valid", "curve", figure, 1)
+    [tracker] = [tracker for tracker in results.trackers if isinstance(tracker, Seen)]
+    assert tracker.image.shape == (4, 50, 100)
+    assert 0.5 < tracker.image.mean() < 1
+
+
 @pytest.mark.parametrize(
     ("image", "culprit"),
     [
@@ -729,8 +732,9 @@ def test_images_of_many_kinds(
         (WHITE.astype("complex64"), r"complex64"),
         (torch.zeros(3, 640, 3), r"\[H, W, C\]"),
         (torch.zeros(1, 28, 4), r"\[H, W, C\]"),
-        (torch.zeros(28, 28, 3), r"\(28, 28, 3\)"),
-        (torch.zeros(28, 28), r"\(28, 28\)"),
+        (torch.zeros(28, 28, 2), r"\(28, 28, 2\)"),
+        (torch.zeros(8, 3, 28, 28), r"\(8, 3, 28, 28\).*make_grid"),
+        ([torch.zeros(28, 28)] * 2, "a list"),
         (pillow("I"), "a Image"),
         (pillow("F"), "a Image"),
         ("cat.png", "a str"),

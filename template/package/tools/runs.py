@@ -84,9 +84,10 @@ class Run:
 
     @property
     def progress(self) -> str:
-        """Epochs that are committed, of the total if that is known."""
-        total = self.config.get("epochs")
-        return f"{len(self.history)}/{total}" if total else str(len(self.history))
+        """Committed epochs of the total, if that is known; a test may follow as one of its own."""
+        total, done = self.config.get("epochs"), len(self.history)
+        trained = sum("train" in epoch for epoch in self.history) or done
+        return f"{trained}/{total}" if total else str(done)
 
     @cached_property
     def epochs(self) -> dict[str, Curve]:

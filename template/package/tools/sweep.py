@@ -21,13 +21,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import treetable as tt
 from dora.explore import Explorer, Herd, Launcher
-from dora.grid import RunGridArgs, monitor
 from dora.hydra import HydraMain
 from dora.shep import Sheep
 from filelock import FileLock, Timeout
@@ -51,38 +52,37 @@ class Grid:
     def __init__(self, main: Any, name: str) -> None:
         self._main = main
         self._explorer: Any = _explorer(f"{main.package}.grids", name)
-        shepherd: Any = SimpleNamespace(main=main, get_sheep_from_argv=self._sheep)
+        shepherd: Any = SimpleNamespace(main=main)
+        shepherd.get_sheep_from_argv = lambda argv: Sheep(main.get_xp(argv))
         herd = Herd()
         # Not that of the project, which asks for Slurm.
         slurm = HydraMain.get_slurm_config(main)
         self._explorer(Launcher(shepherd, slurm, herd))
+        if not herd.sheeps:
+            sys.exit(f"sweep: the explorer of {name} has no runs: let it call its launcher")
         self._sheeps = list(herd.sheeps.values())
         self.runs = [sheep.xp for sheep in self._sheeps]
         self.states = {xp.sig: "PENDING" for xp in self.runs}
         self.processes = {sig: int(slurm.gpus) for sig, slurm in herd.slurm_configs.items()}
 
-    def _sheep(self, argv: Sequence[str]) -> Sheep:
-        """Return a run that is no job of Slurm's."""
-        grid = self
-
-        class LocalSheep(Sheep):
-            def state(self, mode: str = "standard") -> str:
-                return grid.states[self.xp.sig]
-
-            def is_done(self, mode: str = "standard") -> bool:
-                return False
-
-        return LocalSheep(self._main.get_xp(argv))
-
     def table(self) -> str:
         """Return the states, and the columns that the explorer makes of the histories."""
-        lines: list[str] = []
-
-        def write(*words: Any, **_: Any) -> None:
-            lines.append(" ".join(map(str, words)))
-
-        monitor(RunGridArgs(), self._main, self._explorer, self._sheeps, write)
-        return "\n".join(lines)
+        named = [[f"{key}={value}" for key, value in xp.delta] for xp in self.runs]
+        common = [part for part in named[0] if all(part in parts for parts in named)]
+        rows = []
+        for index, (sheep, parts) in enumerate(zip(self._sheeps, named, strict=True)):
+            history = self._main.get_xp_history(sheep.xp)
+            try:
+                columns = self._explorer.process_sheep(sheep, history)
+            except NotImplementedError:
+                columns = self._explorer.process_history(history)
+            name = " ".join(part for part in parts if part not in common)
+            meta = {"index": index, "name": name, "sig": sheep.xp.sig, "sid": ""}
+            rows.append({"Meta": meta | {"state": self.states[sheep.xp.sig]}, **columns})
+        groups = [tt.group("Meta", self._explorer.get_grid_meta())]
+        groups += self._explorer.get_grid_metrics()
+        table = tt.treetable(rows, tt.table(groups), colors=self._explorer.get_colors())
+        return "\n".join([*(["In all runs: " + " ".join(common)] if common else []), table])
 
 
 def _explorer(package: str, name: str) -> Explorer:
@@ -171,7 +171,7 @@ def _config(xp: Any) -> dict[str, Any]:
     plain = OmegaConf.to_container(xp.cfg, resolve=True, enum_to_str=True)
     flat = flatten(json.loads(json.dumps(plain, default=str)))
     kept = [key for key in flat if not key.startswith(("dora.", "slurm."))]
-    return {key: flat[key] for key in kept if not xp.dora.is_excluded(key)}
+    return {key: flat[key] for key in kept if key == "epochs" or not xp.dora.is_excluded(key)}
 
 
 def _read(path: Path, default: Any) -> Any:
@@ -183,6 +183,7 @@ def _read(path: Path, default: Any) -> Any:
     return found if isinstance(found, type(default)) else default
 
 
+@dataclass
 class Sweep:
     """All runs of a grid.
 
@@ -191,27 +192,20 @@ class Sweep:
         command: starts a run, but for its arguments.
         cwd: where runs are started.
         workers: number of runs at a time.
-        gpus: names of the GPUs to share out; none, to train on CPUs.
+        free: names of the GPUs to share out; none, to train on CPUs.
         interval: seconds between tables, if no state changes.
+        used: the GPUs of each run.
+        running: a process for each run.
     """
 
-    def __init__(
-        self,
-        grid: Grid,
-        command: list[str],
-        cwd: Path,
-        workers: int,
-        gpus: list[str],
-        interval: float = 60.0,
-    ) -> None:
-        self.grid = grid
-        self.command = command
-        self.cwd = cwd
-        self.workers = workers
-        self.free = list(gpus)
-        self.used: dict[str, list[str]] = {}
-        self.interval = interval
-        self.running: dict[str, Worker] = {}
+    grid: Grid
+    command: list[str]
+    cwd: Path
+    workers: int
+    free: list[str]
+    interval: float = 60.0
+    used: dict[str, list[str]] = field(default_factory=dict)
+    running: dict[str, Worker] = field(default_factory=dict)
 
     def run(self) -> bool:
         """Run all that is not complete; return whether all is, in the end."""

@@ -40,7 +40,7 @@ class Solver(BaseSolver):
         self.adversarial = AdversarialLoss(adversary, self.adam(adversary))
 
         self.register_stateful("model", "optim", "adversarial")
-        self.init_trackers(cfg.trackers, project=__package__)
+        self.init_trackers(cfg.trackers, **cfg.wandb)
 
     def adam(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         """Return an optimizer that forgets quickly, for the loss changes under it."""

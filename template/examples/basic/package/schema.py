@@ -23,6 +23,7 @@ class Config:
     detect_anomaly: bool
     log_updates: int
     trackers: list[str]
+    wandb: dict[str, Any]
     tags: list[str]
     note: str
     optim: OptimConfig

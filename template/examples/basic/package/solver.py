@@ -20,7 +20,7 @@ class Solver(BaseSolver):
         self.best_state: dict[str, torch.Tensor] = {}
         # Any attribute can be state. Modules, lists and dicts are restored in place.
         self.register_stateful("model", "optim", "best_state")
-        self.init_trackers(cfg.trackers, project=__package__)
+        self.init_trackers(cfg.trackers, **cfg.wandb)
 
     def run(self) -> None:
         """Train until all epochs are committed, as the `run` of every solver does."""

@@ -44,6 +44,7 @@ class Config:
     log_updates: int
     log_every: int
     trackers: list[str]
+    wandb: dict[str, Any]
     tags: list[str]
     note: str
     continue_from: str | None

@@ -52,7 +52,7 @@ class Solver(BaseSolver):
         if cfg.optim.ema:
             self.ema = EMA({"model": self.model}, cfg.optim.ema)
             self.register_stateful("ema")
-        self.init_trackers(cfg.trackers, project=__package__)
+        self.init_trackers(cfg.trackers, **cfg.wandb)
 
     def make_loader(self, dataset: Images, shuffle: bool = False) -> DataLoader[Any]:
         """Return a loader of this process's share of a dataset."""

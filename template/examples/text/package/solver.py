@@ -50,7 +50,7 @@ class Solver(BaseSolver):
             lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / updates)),
         )
         self.register_stateful("model", "optim", "schedule")
-        self.init_trackers(cfg.trackers, project=__package__)
+        self.init_trackers(cfg.trackers, **cfg.wandb)
 
     def make_loader(self, windows: Windows, updates: int | None = None) -> DataLoader[Any]:
         """Return a loader of this process's share: of all data, or of some updates at random."""
