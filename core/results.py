@@ -305,7 +305,7 @@ class Logs:
         if self._started_in == self.epoch:
             cure = "raise `epochs`, or start anew with `dora run --clear`"
             self.logger.info(f"Nothing left to train: {cure}")
-        end = {"sig": self.xp.sig, "folder": self.folder, "epochs": len(self.history)}
+        end = {"sig": self.xp.sig, "folder": self.xp.folder, "epochs": len(self.history)}
         end |= {"best_epoch": epoch} if epoch else {}
         if distrib.is_rank_zero():
             with suppress(OSError, ValueError):  # stdout may be closed

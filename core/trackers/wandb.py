@@ -37,7 +37,7 @@ class WandB(Tracker):
     def __init__(self, xp: XP, with_media_logging: bool = True, **options: Any) -> None:
         super().__init__(xp, with_media_logging)
         tags = getattr(xp.cfg, "tags", None) or ()
-        chosen = {
+        chosen: dict[str, Any] = {
             "id": xp.sig,
             "name": xp.sig,
             "dir": xp.folder,

@@ -67,7 +67,7 @@ class Grid:
 
     def table(self) -> str:
         """Return the states, and the columns that the explorer makes of the histories."""
-        named = [[f"{key}={value}" for key, value in xp.delta] for xp in self.runs]
+        named = [[f"{key}={value}" for key, value in xp.delta or ()] for xp in self.runs]
         common = [part for part in named[0] if all(part in parts for parts in named)]
         rows = []
         for index, (sheep, parts) in enumerate(zip(self._sheeps, named, strict=True)):
