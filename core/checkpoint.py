@@ -124,11 +124,13 @@ def save(
     cursor, policy, epoch = cursor or Cursor(), policy or Policy(), len(history)
     is_commit = not cursor.stage
     try:
+        known = None
         if path.exists():
-            _keep_previous(path, epoch)
+            known = _keep_previous(path, epoch)
             sync_folder(path.parent)  # else the new file may reach the disk without the old one
         kept = older(path).keys() | ({epoch} if is_commit and epoch else set())
-        best = policy.best_epoch(history, kept) if policy.best else None
+        # Without a metric in the policy, what was the best is kept.
+        best = policy.best_epoch(history, kept) if policy.best else known
         about = {"format": FORMAT, "epoch": epoch, "best": best, "commit": is_commit}
         about |= {"ranks": distrib.world_size(), "cursor": to_plain(vars(cursor))}
         with write_and_rename(path) as file:
@@ -153,15 +155,15 @@ def older(path: Path) -> dict[int, Path]:
     return dict(sorted((int(mark), p) for mark, p in marks.items() if mark.isdecimal()))
 
 
-def _keep_previous(path: Path, epoch: int) -> None:
-    """Keep the latest checkpoint under its epoch's name, if it is an older commit."""
+def _keep_previous(path: Path, epoch: int) -> int | None:
+    """Keep the latest checkpoint under its epoch's name, if a commit; return its best epoch."""
     try:
         about = read_about(path)
     except MemoryError:
         raise
     except Exception as error:
         _report_damage(path, error)
-        return
+        return None
     if (found := about["epoch"]) > epoch:
         raise CheckpointError(
             f"it is of epoch {found}: call restore() first, or start anew (`dora run --clear`)"
@@ -174,6 +176,8 @@ def _keep_previous(path: Path, epoch: int) -> None:
         except OSError:  # some file systems have no hard links
             with write_and_rename(name) as file, path.open("rb") as source:
                 shutil.copyfileobj(source, file)
+    best: int | None = about["best"]
+    return best
 
 
 def _report_damage(path: Path, why: object, set_aside: bool = True) -> None:

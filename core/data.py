@@ -72,7 +72,8 @@ def loader(
     _check(sampler, limit, kwargs)
     make = partial(_make, klass, seed, args, kwargs)
     if isinstance(dataset, IterableDataset):
-        return stream_loader(dataset, make, updates_per_epoch, bool(shuffle or sampler or limit))
+        ordered = bool(shuffle or sampler or limit)
+        return stream_loader(dataset, make, updates_per_epoch, ordered=ordered)
     if size is None and kwargs.get("num_workers"):
         logger.warning("batch_size=None: random numbers of workers differ after a resume")
     batch = (size or 1) * distrib.world_size()
@@ -80,12 +81,11 @@ def loader(
         dataset = Subset(dataset, range(len(dataset))[: limit * batch or None])
     examples = updates_per_epoch and updates_per_epoch * batch
     multiple, kind = batch if kwargs.get("drop_last") else 1, sampler or EpochSampler
-    return make(dataset, sampler=kind(cast(Sized, dataset), shuffle, seed, examples, multiple))
+    kwargs["sampler"] = kind(cast(Sized, dataset), shuffle, seed, examples, multiple)
+    return make(dataset)
 
 
-def _make(
-    klass: Any, seed: int, args: Any, kwargs: dict[str, Any], dataset: Any, **more: Any
-) -> Any:
+def _make(klass: Any, seed: int, args: Any, kwargs: dict[str, Any], dataset: Any) -> Any:
     """Return a DataLoader with a generator of its own, and memory pinned for a device."""
     source = dataset
     while isinstance(source, Subset):
@@ -93,7 +93,7 @@ def _make(
     tensors = source.tensors if isinstance(source, TensorDataset) else ()
     pins = all(t.is_cpu for t in tensors) and accelerator() not in (None, torch.mps)
     defaults = {"generator": torch.Generator().manual_seed(seed), "pin_memory": pins}
-    return klass(dataset, *args, **workers.options(seed, defaults | kwargs | more))
+    return klass(dataset, *args, **workers.options(seed, defaults | kwargs))
 
 
 def _check(sampler: object, limit: int, options: dict[str, Any]) -> None:

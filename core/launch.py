@@ -126,11 +126,11 @@ class _Additions(_Base):  # type: ignore[misc]
         return xp
 
     def get_argv_from_sig(self, sig: str) -> Any:
-        self.requested = sig
         try:
             argv = super().get_argv_from_sig(sig)
         except RuntimeError:
             raise UserError(_unknown(sig, self.dora.dir / self.dora.xps)) from None
+        self.requested = sig
         return [arg for arg in argv if not has_no_effect(arg)]
 
     def init_xp(self, xp: Any) -> Any:
@@ -180,9 +180,7 @@ def _run(main: Callable[[Any], Any]) -> Any:
         raise
     except KeyboardInterrupt:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # of Dora, which ends its processes
-        saved = (xp.folder / "checkpoint.th").exists()
-        where = "resumes from the last checkpoint" if saved else "starts anew: nothing was saved"
-        logger.warning("Interrupted. The same command %s.", where)
+        logger.warning("Interrupted. The same command resumes from the last checkpoint, if any.")
         raise SystemExit(130) from None
 
 

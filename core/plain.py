@@ -72,7 +72,8 @@ def to_plain(
                 break
             converted = to_plain(parts, name, copy, exact)
             return _marked(label, value, converted, name) if exact else converted
-    raise TypeError(f"{name} is a {kind.__qualname__}: a checkpoint holds no such values")
+    cure = ": give it state_dict and load_state_dict" if exact else ""
+    raise TypeError(f"{name} is a {kind.__qualname__}, which no checkpoint can hold{cure}")
 
 
 def on_device(tensor: torch.Tensor) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import pickle
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,8 +23,31 @@ logger = logging.getLogger(__name__)
 Keys = tuple[Any, ...]  # of nested dicts and lists
 Sums = dict[Keys, int]
 
-METRIC = "metric"  # begins the keys of the latest metrics
 NOT_COMPARED = {"history", "xp.cfg", "xp.sig"}  # durations may differ; the others are the run's
+
+
+def shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return rank zero's metrics of an epoch, by stage; a warning names those that differ.
+
+    So decisions by the history are the same on all ranks, which must all take part.
+    """
+    if not distrib.is_distributed():
+        return metrics
+    ranks = distrib.gather_objects(metrics, "comparing metrics")
+    values: dict[Keys, set[str]] = {}
+    for keys, value in (part for theirs in ranks for part in _parts(theirs, ())):
+        values.setdefault(keys, set()).add(repr(value))
+    own = [keys for keys, found in values.items() if len(found) > 1 and keys[-1] != "duration"]
+    if own and distrib.is_rank_zero():
+        _warn_of_metrics(", ".join(".".join(map(str, keys)) for keys in own))
+    first: dict[str, Any] = ranks[0]
+    return first
+
+
+@functools.cache  # said once
+def _warn_of_metrics(names: str) -> None:
+    note = "Metrics differ between ranks; rank 0's are kept: %s. Average them with "
+    logger.warning(note + "distrib.average_metrics", names)
 
 
 def add_own(
@@ -44,15 +67,13 @@ def add_own(
     if not distrib.is_distributed():
         return
     parts = {keys: part for keys, part in _parts(state, ()) if keys[0] not in NOT_COMPARED}
-    metrics = dict(_parts(state["history"][-1:], (METRIC,)))
-    sums = _checksums(parts | {k: value for k, value in metrics.items() if k[-1] != "duration"})
+    sums = _checksums(parts)
     digest = zlib.crc32(repr(sums).encode())
     if len({*distrib.gather_objects(digest, "comparing the state")}) == 1:
         return
     ranks = distrib.gather_objects(sums, "comparing the state")
     weights = {*_weights(modules)}
     _warn([keys for keys in ranks[0] if keys in weights], ranks)
-    _warn_of_metrics([keys for keys in ranks[0] if keys[0] == METRIC], ranks)
     sharded = {keys[0] for keys, part in parts.items() if hasattr(part, "placements")}
     names = dict.fromkeys(k[0] for k in parts if k[0] not in modules and k[0] not in sharded)
     whole = [name for name in names if _keys(sums, name) != _keys(ranks[0], name)]
@@ -113,15 +134,6 @@ def _warn(weights: list[Keys], ranks: list[Sums]) -> None:
         )
         note += "averaged, and was distrib.broadcast_model called? Else suspect a memory error"
         logger.warning(note, ", ".join(wrong[:3]), len(wrong))
-
-
-def _warn_of_metrics(metrics: list[Keys], ranks: list[Sums]) -> None:
-    """Name the metrics that are not the same on all ranks that have them."""
-    known = {keys: {sums[keys] for sums in ranks if keys in sums} for keys in metrics}
-    own = [".".join(map(str, keys[2:])) for keys, values in known.items() if len(values) > 1]
-    if own and distrib.is_rank_zero():
-        note = f"Metrics differ from rank to rank, and rank 0's are kept: {', '.join(own)}. "
-        warnings.warn(note + "distrib.average_metrics averages", stacklevel=2)
 
 
 def _checksums(parts: Mapping[Keys, Any]) -> Sums:

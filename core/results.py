@@ -118,7 +118,10 @@ class ResultLogger:
         self._send("log_audio", *check_names(stage, key), audio, sample_rate, step)
 
     def log_image(self, stage: str, key: str, image: Any, step: int) -> None:
-        """Log an image: `[C, H, W]`, floats in 0..1 or bytes, or see `check_image`."""
+        """Log an image: `[C, H, W]`, `[H, W, C]` or `[H, W]`, floats in 0..1 or bytes.
+
+        An image of Pillow or a figure of matplotlib will do as well.
+        """
         self._send("log_image", *check_names(stage, key), check_image(image), step)
 
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
@@ -265,7 +268,10 @@ class Logs:
         self.result_logger.log_audio(stage_name, key, audio, sample_rate, self.epoch)
 
     def log_image(self, stage_name: str, key: str, image: Any) -> None:
-        """Log an image: `[C, H, W]`, floats in 0..1 or bytes, of Pillow, or of matplotlib."""
+        """Log an image: `[C, H, W]`, `[H, W, C]` or `[H, W]`, floats in 0..1 or bytes.
+
+        An image of Pillow or a figure of matplotlib will do as well.
+        """
         self.result_logger.log_image(stage_name, key, image, self.epoch)
 
     def log_text(self, stage_name: str, key: str, text: str) -> None:
@@ -306,8 +312,10 @@ class Logs:
             cure = "raise `epochs`, or start anew with `dora run --clear`"
             self.logger.info(f"Nothing left to train: {cure}")
         end = {"sig": self.xp.sig, "folder": self.xp.folder, "epochs": len(self.history)}
-        end |= {"best_epoch": epoch} if epoch else {}
+        if epoch and (name := policy.best.partition(" ")[2]):
+            end |= {"best_epoch": epoch, f"best.{name}": flatten(self.history[epoch - 1])[name]}
+        for stages in self.history:
+            end |= flatten(stages)  # the latest of each stage
         if distrib.is_rank_zero():
             with suppress(OSError, ValueError):  # stdout may be closed
-                for name, value in (end | flatten(self.history[-1])).items():
-                    print(f"{name}: {value}", flush=True)
+                print("---", *(f"{k}: {v}" for k, v in end.items()), sep="\n", flush=True)

@@ -20,7 +20,7 @@ from . import checkpoint, distrib, versions
 from .checkpoint import Cursor, Policy
 from .modules import lending, lent
 from .plain import from_plain, to_plain
-from .replicas import add_own
+from .replicas import add_own, shared_metrics
 from .results import Logs
 from .rng import get_rng_state, position, set_rng_state
 from .run import XP, FolderXP, check_config, get_xp, locked, read_history, write_history
@@ -133,6 +133,7 @@ class BaseSolver(Logs):
         self.__requests.agree()
         if not self.stateful.is_complete():
             self.logger.warning("Gradients are pending at a commit, and are not saved")
+        self._pending_metrics = shared_metrics(self._pending_metrics)
         self.history.append(self._pending_metrics)
         try:
             json.dumps(self.history[-1])  # raises before a checkpoint holds what JSON can't
@@ -194,7 +195,7 @@ class BaseSolver(Logs):
         state = checkpoint.load(self.checkpoint_path)
         saved, later = len(state["history"]) if state else 0, len(read_history(self.xp.link))
         if later > saved:
-            self.logger.warning("No checkpoint of epochs %d to %d: trained again", saved + 1, later)
+            self.logger.warning("Epochs %d to %d were not saved: repeated", saved + 1, later)
         if state is None:
             self._start_epoch()
             self.result_logger.resume(1, (), {})
@@ -365,8 +366,7 @@ class BaseSolver(Logs):
 
     def __stop(self, asked: str, where: str) -> None:
         self.__wait()
-        note = "Stopped by %s after %s: saved. The same command resumes there"
-        self.logger.warning(note, asked, where)
+        self.logger.warning(f"Stopped by {asked} after {where}: saved. The same command resumes")
         raise Stopped(asked)
 
     def steps(

@@ -10,14 +10,16 @@ import logging
 import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter, methodcaller
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Generator, nn
 from torch.optim import Optimizer
 
 from .modules import (
@@ -29,7 +31,7 @@ from .modules import (
     other_shape,
     shard_like,
 )
-from .plain import OnTensor, from_plain, on_device, to_plain
+from .plain import from_plain, on_device, to_plain
 from .utils import Accumulation, UserError
 
 logger = logging.getLogger(__name__)
@@ -136,11 +138,23 @@ def _contents(value: Any) -> Any:
 
 
 def _replace(value: Any, state: Any) -> Any:
-    """Return the state in place of a value, on the device of a tensor."""
+    """Return the state in place of a value; a tensor or array of the same kind is filled."""
     if value is None and (owner := isinstance(state, OrderedDict) and vars(state).get("owner")):
         raise TypeError(f"it is None here, with the state of a {owner}: build it before restore")
+    array = isinstance(value, (torch.Tensor, np.ndarray)) and type(state) is type(value)
+    if array and (value.shape, value.dtype) == (state.shape, state.dtype):
+        with suppress(RuntimeError, ValueError), torch.no_grad():  # such as an expanded tensor
+            value[...] = state
+            return value
     both = isinstance(value, torch.Tensor) and isinstance(state, torch.Tensor)
     return state.to(value.device) if both else state
+
+
+_bits = attrgetter("bit_generator.state")
+
+
+def _set_bits(generator: np.random.Generator, state: Any) -> None:
+    generator.bit_generator.state = state
 
 
 KINDS = [
@@ -148,6 +162,8 @@ KINDS = [
     Adapter(lambda v: isinstance(v, Optimizer), set=_load_optimizer, fit=_fit_optimizer),
     Adapter(lambda v: hasattr(v, "state_dict") and hasattr(v, "load_state_dict")),
     Adapter(_is_trained, lambda v: v, _set_parameter, _fit_parameter),
+    Adapter(lambda v: isinstance(v, Generator), Generator.get_state, Generator.set_state),
+    Adapter(lambda v: isinstance(v, np.random.Generator), _bits, _set_bits),
     Adapter(lambda v: isinstance(v, (list, dict, deque)), _contents, _refill, marks=True),
     Adapter(lambda v: True, lambda v: v, _replace, replaces=True, marks=True),
 ]
@@ -223,16 +239,9 @@ class WriteOnlyWrapper:
         """Ignore the state."""
 
 
-def _kept(tensor: Any, name: str) -> Any:
-    return tensor
-
-
-def _whole(tensor: Any, name: str) -> Any:
-    return gathered(tensor)
-
-
-def _marked(tensor: Any, name: str) -> Any:
-    return gathered(tensor) if tensor.is_cpu else on_device(gathered(tensor))
+def _whole(keeps: bool, marks: bool, tensor: Any, name: str) -> Any:
+    whole = tensor if keeps else gathered(tensor)
+    return on_device(whole) if marks and not tensor.is_cpu else whole
 
 
 def _owned(tensor: Any) -> Any:
@@ -259,6 +268,8 @@ class StateManager:
             raise ValueError(f"{name!r} is an entry of each checkpoint: rename yours")
         if name in self.sources:
             raise ValueError(f"{name!r} is registered as state already: once is enough")
+        if not write_only and isinstance(source, AttributeWrapper) and source.adapter.replaces:
+            to_plain(source.value, name, exact=True)  # refuses it before anything is trained
         self.sources[name] = WriteOnlyWrapper(source) if write_only else source
 
     def state_dict(self) -> StateDict:
@@ -270,10 +281,9 @@ class StateManager:
             except Exception as error:
                 error.add_note(f"raised by the state of {name}")
                 raise
-            copy: OnTensor = _whole
-            if isinstance(source, AttributeWrapper):
-                keeps = self.keeps_shards and source.fits
-                copy = _kept if keeps else _marked if source.adapter.marks else _whole
+            keeps = self.keeps_shards and getattr(source, "fits", False)
+            marks = isinstance(source, AttributeWrapper) and source.adapter.marks
+            copy = partial(_whole, keeps, marks)
             states[name] = to_plain(state, name, copy, not isinstance(source, WriteOnlyWrapper))
         return states
 

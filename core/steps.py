@@ -133,7 +133,7 @@ class Stage:
     def finish(self, returned: Any) -> dict[str, Any]:
         """End the stage; return its metrics as numbers, with its duration."""
         if not isinstance(returned, Mapping | None):
-            raise TypeError(f"stage {self.name!r} returned {type(returned)}, not a dict of metrics")
+            raise TypeError(f"stage {self.name!r} returned a {type(returned).__name__}: no metrics")
         if returned is None and self.averages:
             logger.warning("Stage %s logged metrics and returned none: no return?", self.name)
         if returned and "duration" in returned:
@@ -293,8 +293,7 @@ class Steps(Generic[T]):
         """Return the data's iterator; resume generators, state and averages as they were."""
         stage = self.stage
         stage.at_begin, stage.layout = get_rng_state(), layout(self.data)
-        sampler = getattr(self.data, "sampler", None)
-        dealt_out = isinstance(sampler, EpochSampler)
+        dealt_out = isinstance(sampler := getattr(self.data, "sampler", None), EpochSampler)
         if stage.requests.listens:
             self._check_data(dealt_out)
         if (cursor := stage.epoch.cursor) is None:
@@ -317,7 +316,9 @@ class Steps(Generic[T]):
             sampler.skip(stage.step * stage.layout[0])
         set_rng_state(mine["loop"])
         iterator = iter(self.data)
-        for _ in range(0 if known or dealt_out else stage.step):
+        if again := 0 if known or dealt_out else stage.step:
+            logger.info("Reading %d batches of %s again", again, stage.name)
+        for _ in range(again):
             next(iterator, None)
         stage.epoch.arrive()
         set_rng_state(mine["now"])
@@ -331,10 +332,8 @@ class Steps(Generic[T]):
             raise UserError(f"{self.stage.name}: the data loader has a state of its own; {cure}")
         stream = isinstance(getattr(self.data, "dataset", None), IterableDataset)
         if isinstance(self.data, itertools.islice) and torch.is_grad_enabled():
-            note = "islice of a stream begins anew in each epoch: use loader(updates_per_epoch=)"
-            warnings.warn(note, stacklevel=4)
-        own = getattr(self.data, "generator", None) is not None
-        if own and not (known or dealt_out or stream):
+            warnings.warn("islice begins anew: use loader(..., updates_per_epoch=)", stacklevel=4)
+        if not (known or dealt_out or stream) and getattr(self.data, "generator", None) is not None:
             warnings.warn("a DataLoader with a generator resumes with other data", stacklevel=4)
 
 
@@ -361,6 +360,6 @@ def share(cursor: Cursor, *seeds: int) -> StateDict:
     if len(cursor.ranks) == distrib.world_size():
         return cursor.ranks[distrib.rank()]
     seed_process(derive_seed(torch.initial_seed(), *seeds, cursor.step))
-    averages = [theirs.get("averages", {}) for theirs in cursor.ranks]
-    sums = added(averages) if distrib.is_rank_zero() else {}
+    ranks = cursor.ranks if distrib.is_rank_zero() else ()
+    sums = added(theirs.get("averages", {}) for theirs in ranks)
     return dict.fromkeys(("start", "loop", "now"), get_rng_state()) | {"averages": sums}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
 
@@ -12,15 +13,17 @@ from . import distrib
 from .rng import Position, get_rng_state, position, set_rng_state
 from .utils import UserError
 
+logger = logging.getLogger(__name__)
+
 
 def stream_loader(
-    dataset: IterableDataset[Any], make: Callable[[Any], Any], updates: int | None, ordered: bool
+    dataset: IterableDataset[Any], make: Callable[[Any], Any], updates: int | None, *, ordered: bool
 ) -> Any:
     """Return a loader of this rank's part of a stream.
 
     Args:
         dataset: the same stream on all ranks.
-        make: makes a DataLoader of a dataset.
+        make: builds a DataLoader from a dataset.
         updates: batches in an epoch; None for the whole stream.
         ordered: whether an order or a limit was asked for, which is refused.
     """
@@ -96,6 +99,10 @@ class StreamEpochs:
         generators = get_rng_state()  # as if nothing was read again
         if not 0 <= self._place <= first:
             self._place, self._batches = 0, self._endless()
+        if first - self._place > 0:
+            logger.info(
+                "Reading the stream again, %d batches of earlier epochs", first - self._place
+            )
         for _ in range(first - self._place):
             next(self._batches)
         self._place = first

@@ -125,5 +125,5 @@ def test_spread_over_processes_and_swept(example: str, project: Path) -> None:
     grid = GRID.format(overrides=["trackers=[]", *SHORT[example]])
     (project / "my_research" / "grids" / "seeds.py").write_text(grid)
     said = run(project, "-m", "my_research.tools.sweep", "seeds", "--workers", "1")
-    assert said.split("\n\n")[-1].count(" COM ") == 2
+    assert said.split("\n\n")[-1].count(" COMPLETED ") == 2
     assert [epochs(path) for path in folder.parent.iterdir()] == [3, 3, 3]

@@ -36,7 +36,6 @@ STEPS = {block.name: block for block in PAGE if block.language == "bash"}
 PEERS = {
     "From a bare loop": "torch",
     "From Lightning": "lightning",
-    "From Accelerate": "accelerate",
 }
 BIN = Path(sys.executable).parent
 

@@ -240,7 +240,7 @@ def test_lost_epochs_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     (tmp_path / "checkpoint.th").write_bytes(b"")
     solver = Solver(tmp_path)
     assert solver.restore()
-    assert "No checkpoint of epochs 3 to 3" in caplog.text
+    assert "Epochs 3 to 3 were not saved" in caplog.text
     assert len(json.loads((tmp_path / "history.json").read_text())) == 2
 
 

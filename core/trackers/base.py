@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 import wave
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Self
@@ -73,8 +74,9 @@ def check_names(*names: Any) -> Iterator[str]:
 
 
 def check_audio(audio: Any) -> Tensor:
-    """Return audio as a float tensor `[C, T]` on the CPU; ValueError otherwise."""
+    """Return audio, `[C, T]` or `[T]`, as a float tensor `[C, T]` on the CPU; else ValueError."""
     tensor = _tensor(audio, needs := "log_audio: needs a float tensor [C, T]")
+    tensor = tensor[None] if tensor.ndim == 1 else tensor
     if tensor.ndim != 2 or not tensor.is_floating_point():
         raise ValueError(f"{needs}, not {_shape(tensor)}")
     return tensor.float()
@@ -86,7 +88,7 @@ def check_image(image: Any) -> Tensor:
     Also takes `[H, W, C]`, `[H, W]`, images of Pillow and figures of matplotlib. Bytes (0..255) are
     scaled.
     """
-    needs, channels = "log_image: needs [C, H, W] or [H, W, C], C of 1, 3 or 4", (1, 3, 4)
+    needs, channels = "log_image: needs [C, H, W], [H, W, C] or [H, W], C of 1, 3, 4", (1, 3, 4)
     if hasattr(image, "savefig"):
         image.savefig(file := io.BytesIO(), format="png")
         from PIL import Image
@@ -95,8 +97,9 @@ def check_image(image: Any) -> Tensor:
     if is_pillow := hasattr(image, "convert") and image.mode[0] not in "IF":
         image = np.array(image.convert("RGBA" if "A" in image.mode.upper() else "RGB"))
     tensor = _tensor(image, needs)
-    tensor = tensor[None] if tensor.ndim == 2 else tensor
+    tensor = tensor[None] if (is_gray := tensor.ndim == 2) else tensor
     first, last = (tensor.ndim == 3 and tensor.shape[i] in channels for i in (0, 2))
+    last = last and not is_gray
     if not first and not last:
         raise ValueError(f"{needs}, not {_shape(tensor)}; make_grid tiles a batch")
     if first and last and not is_pillow:
@@ -106,6 +109,8 @@ def check_image(image: Any) -> Tensor:
     if tensor.dtype == torch.uint8:
         return tensor / 255
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        if ((tensor < 0) | (tensor > 1)).sum() > tensor.numel() / 2:
+            warnings.warn("log_image: most values are outside 0..1, and are cut", stacklevel=4)
         return tensor.float()
     raise ValueError(f"{needs}, of floats in 0..1 or uint8 in 0..255, not {_shape(tensor)}")
 

@@ -53,7 +53,7 @@ class TensorBoard(Tracker):
 
     @property
     def writer(self) -> Any:
-        """The `SummaryWriter` whose steps are epochs: also for histograms, videos and more."""
+        """The `SummaryWriter` whose steps are epochs: for histograms and more, within stages."""
         writer = self._writer(forget=self._epoch)
         while self._hyperparams:
             writer._get_file_writer().add_summary(self._hyperparams.pop(0))

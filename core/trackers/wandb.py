@@ -24,14 +24,14 @@ OFFLINE_ROWS = 10**6  # that one start of a run may log
 class WandB(Tracker):
     """Sends everything to Weights & Biases; offline too, with `WANDB_MODE=offline`.
 
-    The run's id is its signature, so a resumed run continues in the same page. The environment
-    replaces each default: `WANDB_PROJECT`, `WANDB_NAME`, `WANDB_RUN_ID`, `WANDB_DIR` and others.
+    The run's id is its signature, so a resumed run continues in the same page. Environment
+    variables, such as `WANDB_PROJECT` and `WANDB_NAME`, take precedence over `options`.
 
     Args:
         xp: the run.
         with_media_logging: send media as well.
-        options: arguments of `wandb.init`, such as `project`, `name` (the signature by default),
-            `group`, `entity` and `job_type`; None for W&B's own default.
+        options: of `wandb.init`, such as `project`, `group`, `job_type` and `name`, which is the
+            signature by default; None counts as not given.
     """
 
     def __init__(self, xp: XP, with_media_logging: bool = True, **options: Any) -> None:
@@ -78,7 +78,7 @@ class WandB(Tracker):
         start = functools.partial(wandb.init, **self._options)
         if _told("disabled").lower() in ("1", "true", "yes", "on"):
             return start(mode="disabled")
-        if wandb.setup().settings.mode != "online":
+        if (self._options.get("mode") or wandb.setup().settings.mode) != "online":
             return start()
         try:
             # Whoever is not logged in would be asked for a key, and the training would wait.

@@ -1,6 +1,7 @@
 """What the tests share: a solver to train here, and commands run as from a shell."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from {{ cookiecutter.package_name }}.core.rng import seed_everything
 from {{ cookiecutter.package_name }}.core.run import FolderXP
+from {{ cookiecutter.package_name }}.core.stop import Stopped
 from {{ cookiecutter.package_name }}.solver import Solver
 from {{ cookiecutter.package_name }}.train import main
 
@@ -30,11 +32,13 @@ def train(folder: Path, *overrides: str) -> Solver:
     return solver
 
 
-def interrupt(solver: Solver, epoch: int) -> None:
-    """Run, and stop at once after the first stage of an epoch."""
+def interrupt(solver: Solver, epoch: int, ask: bool) -> None:
+    """Run, and stop in an epoch: asked to, after its first step; else at once, after a stage."""
     run_stage = Solver.run_stage
 
     def interrupted(solver: Solver, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if ask and solver.epoch == epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
         metrics = run_stage(solver, *args, **kwargs)
         if solver.epoch == epoch:
             raise KeyboardInterrupt
@@ -42,7 +46,7 @@ def interrupt(solver: Solver, epoch: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Solver, "run_stage", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped if ask else KeyboardInterrupt):
             solver.run()
     assert len(solver.history) == epoch - 1
 

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -627,8 +628,8 @@ def test_results_reach_trackers_and_failures_are_said_once(tmp_path: Path, said:
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     with pytest.raises(ValueError, match=r"\[C, H, W\].*\(5, 5, 5\)"):
         results.log_image("train", "x", torch.zeros(5, 5, 5), 1)
-    with pytest.raises(ValueError, match=r"\[C, T\].*\(5,\)"):
-        results.log_audio("train", "x", torch.zeros(5), 8000, 1)
+    with pytest.raises(ValueError, match=r"\[C, T\].*\(5, 5, 5\)"):
+        results.log_audio("train", "x", torch.zeros(5, 5, 5), 8000, 1)
     with pytest.raises(ValueError, match=r"log_text.* int"):
         results.log_text("train", "x", 3, 1)  # type: ignore[arg-type]
 
@@ -691,6 +692,7 @@ WHITE = np.full((1, 8, 8), 255, np.uint8)
         (WHITE / 510, (1, 8, 8), 0.5),
         (torch.full((3, 8, 8), 0.5, dtype=torch.bfloat16, requires_grad=True), (3, 8, 8), 0.5),
         (WHITE[0], (1, 8, 8), 1.0),
+        (torch.ones(28, 3), (1, 28, 3), 1.0),
         ([[0.0, 1.0]], (1, 1, 2), 0.5),
         (WHITE[0, :, :, None].repeat(3, 2), (3, 8, 8), 1.0),
         (torch.ones(640, 480, 4), (4, 640, 480), 1.0),
@@ -712,6 +714,13 @@ def test_images_of_many_kinds(
     assert tracker.image.dtype == torch.float32
     if mean is not None:
         assert tracker.image.mean().item() == pytest.approx(mean, abs=0.01)
+
+
+def test_an_image_that_is_cut_is_said(results: ResultLogger) -> None:
+    with pytest.warns(UserWarning, match=r"outside 0\.\.1"):
+        results.log_image("valid", "x", torch.full((8, 8), -40.0), 1)
+    with warnings.catch_warnings(action="error"):
+        results.log_image("valid", "x", torch.linspace(-0.1, 1.1, 64).view(8, 8), 1)
 
 
 def test_a_figure_is_an_image(results: ResultLogger) -> None:
@@ -749,7 +758,13 @@ def test_an_image_that_cannot_be_told_is_refused(
         results.log_image("valid", "x", image, 1)
 
 
-@pytest.mark.parametrize("audio", [torch.zeros(1, 5, dtype=torch.int16), [0.0], "a.wav", None])
+def test_audio_of_one_channel(results: ResultLogger) -> None:
+    results.log_audio("valid", "x", torch.zeros(10), 8000, 1)
+    with wave.open(str(results.xp.folder / "outputs" / "valid_1" / "x.wav")) as sound:
+        assert (sound.getnchannels(), sound.getnframes()) == (1, 10)
+
+
+@pytest.mark.parametrize("audio", [torch.zeros(1, 5, dtype=torch.int16), [0], "a.wav", None])
 def test_audio_that_cannot_be_told_is_refused(audio: Any, results: ResultLogger) -> None:
     with pytest.raises(ValueError, match=r"log_audio: needs a float tensor \[C, T\]"):
         results.log_audio("valid", "x", audio, 8000, 1)

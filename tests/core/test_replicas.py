@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,23 +86,29 @@ def test_buffers_that_differ_are_kept_per_rank(tmp_path: Path) -> None:
     assert on_ranks(_train, tmp_path / "ended", 0) == whole
 
 
-def _say(folder: Path) -> list[str]:
-    """Commit metrics of which one is of this rank alone; return the warnings of this process."""
-    solver = BaseSolver(folder)
-    with warnings.catch_warnings(record=True) as caught, solver.running():
+def _say(folder: Path) -> tuple[list[str], list[Any]]:
+    """Commit metrics of which one is of this rank alone; return warnings and history."""
+    solver, said = BaseSolver(folder), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("core.replicas").addHandler(handler)
+    with solver.running():
         for _ in range(2):
             solver.run_stage("valid", lambda: {"acc": 0.5 + distrib.rank(), "loss": 1.0})
             if distrib.is_rank_zero():
                 solver.run_stage("look", lambda: {"loss": 3.0})
             solver.commit()
-    return [str(warning.message) for warning in caught]
+    return said, solver.history
 
 
-def test_metrics_of_one_rank_are_named(tmp_path: Path) -> None:
-    said, other = on_ranks(_say, tmp_path)
+def test_metrics_that_differ_are_named_and_those_of_rank_zero_kept(tmp_path: Path) -> None:
+    (said, history), (other, same) = on_ranks(_say, tmp_path)
     assert other == []
+    assert [line for line in said if "rank 0's are kept: valid.acc. " in line] == said
     assert len(said) == 1
-    assert "rank 0's are kept: valid.acc. " in said[0]
+    assert history == same
+    assert history[0]["valid"]["acc"] == 0.5
+    assert "look" in history[0]
 
 
 def test_another_number_of_ranks_takes_the_buffers_of_rank_zero(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 import subprocess
@@ -52,6 +53,39 @@ def test_an_end_tells_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     losses = [epoch["train"]["loss"] for epoch in solver.history]
     at = losses.index(min(losses)) + 1
     assert f"train.loss in epoch {at}" in caplog.messages[-2]
+
+
+def test_a_script_reads_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Rarely(Solver):
+        def run(self) -> None:
+            with self.running():
+                for loss in (2.0, 0.5, 1.0):
+                    self.run_stage("train", lambda loss: {"loss": loss}, loss)
+                    if self.epoch == 1:
+                        self.run_stage("valid", lambda: {"acc": 0.25})
+                    self.commit()
+
+    Rarely(tmp_path, epochs=3, best="min train.loss").run()
+    end = capsys.readouterr().out.split("---\n")[-1]
+    said = dict(line.split(": ", 1) for line in end.splitlines())
+    assert said["folder"] == str(tmp_path)
+    assert (said["epochs"], said["best_epoch"], said["best.train.loss"]) == ("3", "2", "0.5")
+    assert (said["train.loss"], said["valid.acc"]) == ("1.0", "0.25")
+
+
+def test_a_closed_stdout_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.StringIO()
+    stdout.close()
+    monkeypatch.setattr("sys.stdout", stdout)
+    Solver(tmp_path, epochs=1).run()
+
+
+def test_the_best_is_kept_by_a_policy_without_one(tmp_path: Path) -> None:
+    Solver(tmp_path, epochs=3, best="max train.loss").run()
+    kept = checkpoint.older(tmp_path / "checkpoint.th")
+    Solver(tmp_path, epochs=6).run()
+    [best, *_] = sorted(kept)
+    assert best in checkpoint.older(tmp_path / "checkpoint.th")
 
 
 def test_a_resumed_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -130,7 +164,7 @@ def test_a_run_whose_checkpoints_are_gone_says_so(
     for path in tmp_path.glob("*.th"):
         path.unlink()
     assert not Solver(tmp_path).restore()
-    assert "epochs 1 to 2" in caplog.text
+    assert "Epochs 1 to 2" in caplog.text
 
 
 def test_a_stage_that_is_repeated_has_one_row(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -28,6 +31,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from core import BaseSolver
 from core.state import AttributeWrapper
+from core.stop import Stopped
 from core.utils import UserError
 
 
@@ -215,3 +219,54 @@ def test_another_kind_of_state_is_named(saved: Any, here: Any, tmp_path: Path) -
     with pytest.raises(UserError, match=r"value: \w+ in the checkpoint, \w+ here"):
         Holder(here).restore()
     assert Holder(here).restore(strict=False)
+
+
+class Filled(BaseSolver):
+    """Fills a tensor and an array through variables from before the loop; has own generators."""
+
+    def __init__(self, folder: Path, stop_at: int = 0) -> None:
+        super().__init__(folder)
+        self.tensor, self.array, self.drawn = torch.zeros(6), np.zeros(6), list[float]()
+        self.stop_at = stop_at
+        self.numpy_generator = np.random.default_rng(0)
+        self.generator = torch.Generator().manual_seed(0)
+        self.register_stateful("tensor", "array", "drawn", "numpy_generator", "generator")
+
+    def run(self) -> None:
+        with self.running():
+            self.run_stage("train", self.train)
+            self.commit()
+
+    def train(self) -> None:
+        tensor, array, numpy_generator = self.tensor, self.array, self.numpy_generator
+        for number in (steps := self.steps(range(6), every=0)):
+            tensor[number] = array[number] = number + 1
+            drawn = torch.rand(1, generator=self.generator).item() + numpy_generator.random()
+            self.drawn.append(drawn)
+            if steps.step + 1 == self.stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_variables_from_before_the_loop_are_the_state_after_a_resume(tmp_path: Path) -> None:
+    whole, stopped = Filled(tmp_path / "whole"), Filled(tmp_path / "stopped", stop_at=3)
+    whole.run()
+    with pytest.raises(Stopped):
+        stopped.run()
+    resumed = Filled(tmp_path / "stopped")
+    resumed.run()
+    assert resumed.tensor.tolist() == resumed.array.tolist() == [1, 2, 3, 4, 5, 6]
+    assert resumed.drawn == whole.drawn
+
+
+def test_an_expanded_tensor_is_replaced(tmp_path: Path) -> None:
+    solver = Filled(tmp_path)
+    solver.tensor = torch.zeros(1).expand(6)
+    solver.load_state_dict({"tensor": torch.arange(6.0)})
+    assert solver.tensor.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_no_checkpoint_can_hold_is_refused_as_it_is_registered(tmp_path: Path) -> None:
+    solver = BaseSolver(tmp_path)
+    solver.environment = object()
+    with pytest.raises(TypeError, match=r"environment is a object.*load_state_dict"):
+        solver.register_stateful("environment")

@@ -345,5 +345,5 @@ def test_islice_of_a_stream_is_named(tmp_path: Path) -> None:
                 pass
             return {}
 
-    with pytest.warns(UserWarning, match="islice of a stream begins anew in each epoch"):
+    with pytest.warns(UserWarning, match="islice begins anew"):
         Sliced(tmp_path, []).run()

@@ -6,9 +6,12 @@ from dora.explore import Explorer
 
 
 class LastEpoch(Explorer):
-    """Shows, of each run, the metrics of its last epoch by stage; its number is a metric too."""
+    """Shows the latest metrics of each stage of a run, and the number of epochs with training."""
 
     def process_history(self, history: list[dict[str, Any]]) -> dict[str, Any]:
         """Values for the columns, from the metrics of all epochs so far."""
-        last = history[-1] if history else {"train": {}, "valid": {}}
-        return last | {"train": last.get("train", {}) | {"epoch": len(history)}}
+        latest: dict[str, Any] = {"train": {}, "valid": {}}
+        for epoch in history:
+            latest |= epoch
+        trained = sum("train" in epoch for epoch in history) or len(history)
+        return latest | {"train": latest["train"] | {"epoch": trained}}

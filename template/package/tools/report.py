@@ -65,7 +65,7 @@ def choose(names: Sequence[str], wanted: Sequence[str] = ()) -> list[str]:
 
     By default those of `valid` and `test`, or else of the last stage, without durations.
     """
-    if wanted:
+    if wanted := [pattern for given in wanted for pattern in given.split(",")]:
         found = {name: None for pattern in wanted for name in names if fnmatchcase(name, pattern)}
         if missing := [p for p in wanted if not any(fnmatchcase(name, p) for name in names)]:
             known = ", ".join(names) or "none"

@@ -84,7 +84,7 @@ class Run:
 
     @property
     def progress(self) -> str:
-        """Committed epochs of the total, if that is known; a test may follow as one of its own."""
+        """Epochs of training that are committed, of the total if that is known."""
         total, done = self.config.get("epochs"), len(self.history)
         trained = sum("train" in epoch for epoch in self.history) or done
         return f"{trained}/{total}" if total else str(done)

@@ -101,7 +101,7 @@ def test_it_is_trained_on_and_gone_on_with(
     whole = train(tmp_path / "whole", *overrides)
     assert [len(epoch["valid"]) for epoch in whole.history] == [3, 3]
 
-    interrupt(make_solver(tmp_path / "killed", *overrides), epoch=2)
+    interrupt(make_solver(tmp_path / "killed", *overrides), epoch=2, ask=True)
     resumed = train(tmp_path / "killed", *overrides)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value)
