@@ -124,10 +124,8 @@ def save(
     cursor, policy, epoch = cursor or Cursor(), policy or Policy(), len(history)
     is_commit = not cursor.stage
     try:
-        known = None
-        if path.exists():
-            known = _keep_previous(path, epoch)
-            sync_folder(path.parent)  # else the new file may reach the disk without the old one
+        known = _keep_previous(path, epoch) if path.exists() else None
+        sync_folder(path.parent)  # else the new file may reach the disk without the old one
         kept = older(path).keys() | ({epoch} if is_commit and epoch else set())
         # Without a metric in the policy, what was the best is kept.
         best = policy.best_epoch(history, kept) if policy.best else known

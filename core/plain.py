@@ -72,8 +72,7 @@ def to_plain(
                 break
             converted = to_plain(parts, name, copy, exact)
             return _marked(label, value, converted, name) if exact else converted
-    cure = ": give it state_dict and load_state_dict" if exact else ""
-    raise TypeError(f"{name} is a {kind.__qualname__}, which no checkpoint can hold{cure}")
+    raise TypeError(f"{name} is a {kind.__qualname__}: no checkpoint holds one without state_dict")
 
 
 def on_device(tensor: torch.Tensor) -> Any:

@@ -375,7 +375,6 @@ def test_what_a_loop_was_before(toys: Path, title: str) -> None:
     [
         ("From a bare loop", "bare"),
         ("From Lightning", "from_lightning"),
-        ("From Accelerate", "from_accelerate"),
     ],
 )
 def test_what_a_loop_is_after(toys: Path, title: str, name: str) -> None:

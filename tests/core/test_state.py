@@ -268,5 +268,5 @@ def test_an_expanded_tensor_is_replaced(tmp_path: Path) -> None:
 def test_what_no_checkpoint_can_hold_is_refused_as_it_is_registered(tmp_path: Path) -> None:
     solver = BaseSolver(tmp_path)
     solver.environment = object()
-    with pytest.raises(TypeError, match=r"environment is a object.*load_state_dict"):
+    with pytest.raises(TypeError, match=r"environment is a object.*without state_dict"):
         solver.register_stateful("environment")
