@@ -54,7 +54,7 @@ SHARED = ("-n", "3", "--dist", "worksteal")  # tests wait more than they work
 PARTS = {
     "template": [
         f"tests/test_{name}.py"
-        for name in ("run", "home", "sweep", "update", "render", "answers", "report")
+        for name in ("run", "home", "agents", "sweep", "update", "render", "answers", "report")
     ],
     "matrix": ["tests/test_matrix.py", "tests/test_faults.py"],
     "docs": [

@@ -20,81 +20,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import treetable as tt
-from dora.explore import Explorer, Herd, Launcher
-from dora.hydra import HydraMain
-from dora.shep import Sheep
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from . import escape_output, flatten, write_text
+from .grid import Grid
 
 TAIL = 15  # lines of the log of a run that failed
 GRACE = 60.0  # seconds for a run to save before it is killed
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-
-
-class Grid:
-    """The runs of a Dora grid, with their states.
-
-    Args:
-        main: the project's entry point, which Dora decorated.
-        name: of a module with an `explorer`, in the package `grids`.
-    """
-
-    def __init__(self, main: Any, name: str) -> None:
-        self._main = main
-        self._explorer: Any = _explorer(f"{main.package}.grids", name)
-        shepherd: Any = SimpleNamespace(main=main)
-        shepherd.get_sheep_from_argv = lambda argv: Sheep(main.get_xp(argv))
-        herd = Herd()
-        # Not that of the project, which asks for Slurm.
-        slurm = HydraMain.get_slurm_config(main)
-        self._explorer(Launcher(shepherd, slurm, herd))
-        if not herd.sheeps:
-            sys.exit(f"sweep: the explorer of {name} has no runs: let it call its launcher")
-        self._sheeps = list(herd.sheeps.values())
-        self.runs = [sheep.xp for sheep in self._sheeps]
-        self.states = {xp.sig: "PENDING" for xp in self.runs}
-        self.processes = {sig: int(slurm.gpus) for sig, slurm in herd.slurm_configs.items()}
-
-    def table(self) -> str:
-        """Return the states, and the columns that the explorer makes of the histories."""
-        named = [[f"{key}={value}" for key, value in xp.delta or ()] for xp in self.runs]
-        common = [part for part in named[0] if all(part in parts for parts in named)]
-        rows = []
-        for index, (sheep, parts) in enumerate(zip(self._sheeps, named, strict=True)):
-            history = self._main.get_xp_history(sheep.xp)
-            try:
-                columns = self._explorer.process_sheep(sheep, history)
-            except NotImplementedError:
-                columns = self._explorer.process_history(history)
-            name = " ".join(part for part in parts if part not in common)
-            meta = {"index": index, "name": name, "sig": sheep.xp.sig, "sid": ""}
-            rows.append({"Meta": meta | {"state": self.states[sheep.xp.sig]}, **columns})
-        groups = [tt.group("Meta", self._explorer.get_grid_meta())]
-        groups += self._explorer.get_grid_metrics()
-        table = tt.treetable(rows, tt.table(groups), colors=self._explorer.get_colors())
-        return "\n".join([*(["In all runs: " + " ".join(common)] if common else []), table])
-
-
-def _explorer(package: str, name: str) -> Explorer:
-    """Return the explorer of a grid; exit, and name the grids, if there is none."""
-    folder = Path(importlib.import_module(package).__file__ or "").parent
-    if not folder.joinpath(*name.split(".")).with_suffix(".py").is_file():
-        known = sorted(path.stem for path in folder.glob("[!_]*.py"))
-        sys.exit(f"sweep: no grid {name} in {folder}; there are {', '.join(known)}")
-    module = importlib.import_module(f"{package}.{name}")
-    if not isinstance(explorer := getattr(module, "explorer", None), Explorer):
-        sys.exit(f"sweep: {module.__file__} has no `explorer`, a function under a dora.Explorer")
-    return explorer
 
 
 class Worker:
@@ -311,16 +251,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="runs at a time; one a GPU, or one a CPU core")
     parser.add_argument("--interval", type=float, default=60, help="seconds between tables")
     parser.add_argument("--dry-run", action="store_true", help="show the runs, start none")
+    parser.add_argument("--json", action="store_true", help="print the runs at the end, as JSON")
     args = parser.parse_args(argv)
     if args.workers is not None and args.workers < 1:
         sys.exit(f"sweep: --workers must be at least 1, not {args.workers}")
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the grid; see the head of this file."""
-    args = parse(argv)
-    escape_output()
+def prepare(args: argparse.Namespace) -> Sweep:
+    """Return the sweep of a command line; exit if the GPUs here do not suffice."""
     package = (__package__ or "").rpartition(".")[0]
     train = importlib.import_module(f"{package}.train")
     grid, gpus = Grid(train.main, args.grid), gpus_here()
@@ -329,20 +268,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     workers = args.workers or len(gpus) or os.cpu_count() or 1
     command = [sys.executable, "-m", "dora", "-P", package, "run"]
     repo = Path(train.__file__ or "").resolve().parent.parent
-    sweep = Sweep(grid, command, repo, workers, gpus, args.interval)
-    if args.dry_run:
+    return Sweep(grid, command, repo, workers, gpus, args.interval)
+
+
+def follow(sweep: Sweep, dry_run: bool) -> int:
+    """Run a sweep, or only show it; return the exit status."""
+    if dry_run:
         sweep.incomplete()
         sweep.show()
-        return
+        return 0
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: no run is to train unseen
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under `nohup`
             signal.signal(number, signal.default_int_handler)
     try:
-        complete = sweep.run()
+        return 0 if sweep.run() else 1
     except KeyboardInterrupt:
         print("Stopped. The same command resumes.")
-        sys.exit(130)
-    sys.exit(0 if complete else 1)
+        return 130
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the grid; see the head of this file."""
+    args = parse(argv)
+    escape_output()
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+        sweep = prepare(args)
+        code = follow(sweep, args.dry_run)
+    if args.json:
+        print(json.dumps(sweep.grid.summary(), indent=2))
+    sys.exit(code)
 
 
 if __name__ == "__main__":
