@@ -14,6 +14,7 @@ import pytest
 from hooks.record import address
 from noxfile import PARTS
 
+from .commands import run
 from .conftest import ROOT, Render
 
 QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text())
@@ -25,6 +26,7 @@ COMMON = {
     ".gitignore",
     ".pre-commit-config.yaml",
     ".template.json",
+    "AGENTS.md",
     "LICENSE",
     "README.md",
     "my_research/__init__.py",
@@ -351,3 +353,52 @@ def test_models_and_data_do_not_import_the_core() -> None:
     apart = [path for path in paths if path.stem in ("model", "data")]
     assert len(apart) >= 6
     assert [path for path in apart if "from .core" in path.read_text()] == []
+
+
+def test_an_abbreviation_with_the_answers_of_ones_own(
+    render: Render, template: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    repo, home = tmp_path / "hub" / "solver.git", Path(environment["HOME"])
+    shutil.copytree(template, repo)
+    git("init", "-q", cwd=repo)
+    git("add", "-A", cwd=repo)
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x", cwd=repo)
+    hub = f'[url "file://{repo.parent}/"]\n\tinsteadOf = https://github.com/me/\n'
+    (home / ".gitconfig").write_text(hub)
+    (home / ".cookiecutterrc").write_text("default_context: {author_name: Ann, example: text}\n")
+    render(source="gh:me/solver")
+    project = tmp_path / "out" / "my-research"
+    record = json.loads((project / ".template.json").read_text())
+    assert record["answers"].items() >= {"author_name": "Ann", "example": "text"}.items()
+    assert record["template"].endswith("/solver.git")
+    assert "Ann" in (project / "LICENSE").read_text()
+
+
+def test_a_replay_gives_the_same_project(render: Render, template: Path, tmp_path: Path) -> None:
+    render(project_name="Small Words", example="text")
+    project, first = tmp_path / "out" / "small-words", tmp_path / "first"
+    shutil.move(project, first)
+    command = [sys.executable, "-m", "cookiecutter", str(template), "--replay"]
+    env = os.environ | {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
+    subprocess.run(command, cwd=tmp_path / "out", env=env, check=True)
+    assert files(project) == files(first)
+    assert all(
+        (project / name).read_bytes() == (first / name).read_bytes() for name in files(first)
+    )
+
+
+def test_from_python_into_a_folder_with_spaces(
+    template: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    place = tmp_path / "my own projects"
+    place.mkdir()
+    code = (
+        "from cookiecutter.main import cookiecutter; print(cookiecutter("
+        f"{str(template)!r}, no_input=True, extra_context={{'tracker': 'none'}}, output_dir='.'))"
+    )
+    said = run(place, "-c", code, env=environment)
+    project = place / "my-research"
+    assert said.splitlines()[-1] == str(project)
+    said = run(project, "-m", "dora", "run", "debug=limit")
+    assert "is complete" in said
+    assert [*project.glob("outputs/xps/*/checkpoint.th")]
