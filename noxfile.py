@@ -44,6 +44,7 @@ TOOLS = (
     "ruff",
     "sp-repo-review[cli]",
     "torchdata",
+    "uv",
     "zizmor",
 )
 GPU_TOOLS = ("cookiecutter", "pytest", "pytest-timeout", "pytest-xdist")
@@ -59,7 +60,7 @@ PARTS = {
     "matrix": ["tests/test_matrix.py", "tests/test_faults.py"],
     "docs": [
         f"tests/test_{name}.py"
-        for name in ("replacing", "docs", "migration", "recipes", "shape", "troubleshooting")
+        for name in ("uv", "replacing", "docs", "migration", "recipes", "shape", "troubleshooting")
     ],
     "core": ["tests/core", "core/tests"],
 }

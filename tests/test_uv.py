@@ -1,0 +1,42 @@
+"""Render, install, lock and train with uv alone, as README.md of a rendered project says."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+UV = Path(sys.executable).with_name("uv")
+
+
+@pytest.mark.skipif(not UV.exists(), reason="uv is not installed")
+def test_with_uv_alone(template: Path, tmp_path: Path) -> None:
+    temporary = {"VIRTUAL_ENV": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    cache = subprocess.check_output([UV, "cache", "dir"], text=True).strip()
+    env = os.environ | temporary | {"UV_CACHE_DIR": cache, "UV_PYTHON": sys.executable}
+
+    def uv(*arguments: str, folder: Path) -> str:
+        done = subprocess.run(
+            [UV, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    uv("tool", "run", "cookiecutter", str(template), "--no-input", folder=tmp_path)
+    project = tmp_path / "my-research"
+    about = project / "pyproject.toml"
+    text = about.read_text().replace(
+        '# torch = { index = "pytorch" }', 'torch = { index = "pytorch" }'
+    )
+    if wheels := os.environ.get("PIP_FIND_LINKS"):  # a build without CUDA that is at hand
+        index = "https://download.pytorch.org/whl/cpu"
+        assert index in text
+        text = text.replace(f'"{index}"', f'"{wheels}"\nformat = "flat"')
+    about.write_text(text)
+    uv("sync", folder=project)
+    assert 'name = "torch"' in (project / "uv.lock").read_text()
+    assert "valid.acc: " in uv("run", "dora", "run", "debug=limit", folder=project)
+    uv("run", "pytest", "-q", "tests/test_config.py", "-k", "refused", folder=project)
+    shutil.rmtree(project / ".venv")  # large
