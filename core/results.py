@@ -7,6 +7,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,12 @@ from .trackers import LocalFiles, Tracker, check_audio, check_image, check_names
 from .utils import UserError, flatten
 
 T = TypeVar("T")
+TRACKERS = {
+    "tensorboard": "TensorBoard",
+    "wandb": "WandB",
+    "trackio": "Trackio",
+    "mlflow": "MLflow",
+}  # classes in `trackers/`, by the name of their file
 MEDIA = "log_audio", "log_image", "log_text"
 
 
@@ -223,17 +230,19 @@ class Logs:
         """Send results to Weights & Biases; see `trackers.wandb.WandB`."""
         self.result_logger.init_wandb(*args, **kwargs)
 
-    def init_trackers(self, names: Iterable[str], **wandb: Any) -> None:
-        """Send results to trackers by name, as a config lists them: `tensorboard`, `wandb`.
+    def init_trackers(self, names: Iterable[str], **options: Any) -> None:
+        """Send results to trackers by name, as a config lists them.
 
         Args:
-            names: of the trackers.
-            wandb: options of W&B, such as `project`; see `trackers.WandB`.
+            names: `tensorboard`, `wandb`, `trackio` or `mlflow`.
+            options: of the last three, such as `project`; see `trackers.WandB`.
         """
         for name in names:
-            if name not in ("tensorboard", "wandb"):
-                raise UserError(f"no tracker is called {name!r}; there are tensorboard and wandb")
-            getattr(self, f"init_{name}")(**wandb if name == "wandb" else {})
+            if name not in TRACKERS:
+                raise UserError(f"no tracker is called {name!r}; there are {', '.join(TRACKERS)}")
+            kind = getattr(import_module(f".trackers.{name}", __package__), TRACKERS[name])
+            given = {} if name == "tensorboard" else options
+            self.result_logger.add_tracker(kind(self.xp, **given))
 
     def log_progress(
         self, stage_name: str, iterable: Iterable[T], total: int | None = None, updates: int = 5

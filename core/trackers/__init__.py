@@ -1,6 +1,6 @@
-"""Trackers of metrics and media: local files, TensorBoard, Weights & Biases, or your own.
+"""Trackers of metrics and media: local files, TensorBoard, W&B, Trackio, MLflow, or your own.
 
-`tensorboard.py` and `wandb.py` are imported when used.
+The files of services are imported when used.
 """
 
 from .base import Tracker, check_audio, check_image, check_names

@@ -552,6 +552,51 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert numbers == sorted(set(numbers)), "steps go backwards"
 
 
+LOG = """
+from pathlib import Path
+from core import BaseSolver
+from core.run import FolderXP
+from tests.core.test_logging import log_all
+for epochs in (range(1, 4), range(3, 5)):
+    solver = BaseSolver(FolderXP(Path("runs", "abc")))
+    solver.init_trackers(["{name}"], project="p", job_type="train", name=None)
+    log_all(solver.result_logger.trackers[-1], epochs)
+"""
+
+
+def test_trackio(tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    env = os.environ | {"TRACKIO_DIR": str(tmp_path / "store"), "PYTHONPATH": ROOT}
+    run(tmp_path, "-c", LOG.format(name="trackio"), env=env)
+    read = "import json; from trackio.sqlite_storage import SQLiteStorage as S; "
+    read += "print(S.get_runs('p'), json.dumps(S.get_logs('p', 'abc')), sep=chr(10))"
+    runs, rows = run(tmp_path, "-c", read, env=env).splitlines()[-2:]
+    assert runs == "['abc']"
+    found = json.loads(rows)
+    points = {row["step"]: row["train/loss"] for row in found if "train/loss" in row}
+    assert points == {epoch: 1 / epoch for epoch in range(1, 5)}
+    points = {row["step"]: row["train_steps/loss"] for row in found if "train_steps/loss" in row}
+    assert points == {step: 10.0 * step for step in range(1, 13)}
+    assert {"train/a", "train/i", "train/t"} <= {key for row in found for key in row}
+    assert {path.suffix for path in tmp_path.glob("store/media/p/abc/*/*")} == {".png", ".wav"}
+
+
+def test_mlflow(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    run(tmp_path, "-c", LOG.format(name="mlflow"), env=env | {"PYTHONPATH": ROOT})
+    client = importlib.import_module("mlflow").MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("p").experiment_id
+    [found] = client.search_runs([experiment])
+    assert (found.info.run_name, found.data.params["optim.lr"]) == ("abc", "0.1")
+    points = {p.step: p.value for p in client.get_metric_history(found.info.run_id, "train/loss")}
+    assert points == {epoch: 1 / epoch for epoch in range(1, 5)}
+    history = client.get_metric_history(found.info.run_id, "train_steps/loss")
+    assert {p.step for p in history} == {*range(1, 13)}
+    names = {path.name for path in tmp_path.glob("runs/mlflow/*/artifacts/train_4/*")}
+    assert names == {"a.wav", "i.png", "t.txt"}
+
+
 def test_two_runs_of_a_process_are_two_pages_of_wandb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
