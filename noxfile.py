@@ -28,6 +28,7 @@ RUNTIME = (
     "wandb",
 )
 TOOLS = (
+    "alembic",
     "build",
     "cookiecutter",
     "editables",
@@ -43,7 +44,7 @@ TOOLS = (
     "pytest-timeout",
     "pytest-xdist",
     "ruff",
-    "alembic",
+    "safetensors",
     "sqlalchemy",
     "sp-repo-review[cli]",
     "torchdata",
@@ -55,17 +56,17 @@ GPU_TOOLS = ("cookiecutter", "pytest", "pytest-timeout", "pytest-xdist")
 PEERS = ("accelerate", "flashy", "lightning", "lightning-fabric", "pytorch-ignite")
 
 SHARED = ("-n", "3", "--dist", "worksteal")  # tests wait more than they work
+
+
+def _tests(*names: str) -> list[str]:
+    return [f"tests/test_{name}.py" for name in names]
+
+
 # All tests, the longest first, in parts that CI runs side by side. Slurm has its own session.
 PARTS = {
-    "template": [
-        f"tests/test_{name}.py"
-        for name in ("run", "home", "agents", "sweep", "update", "render", "answers", "report")
-    ],
-    "matrix": ["tests/test_matrix.py", "tests/test_faults.py"],
-    "docs": [
-        f"tests/test_{name}.py"
-        for name in ("uv", "replacing", "docs", "migration", "recipes", "shape", "troubleshooting")
-    ],
+    "template": _tests("run", "home", "agents", "export", "sweep", "update", "render", "answers"),
+    "matrix": _tests("matrix", "faults", "uv", "troubleshooting"),
+    "docs": _tests("replacing", "report", "docs", "migration", "recipes", "shape"),
     "core": ["tests/core", "core/tests"],
 }
 
