@@ -23,12 +23,8 @@ from .trackers import LocalFiles, Tracker, check_audio, check_image, check_names
 from .utils import UserError, flatten
 
 T = TypeVar("T")
-TRACKERS = {
-    "tensorboard": "TensorBoard",
-    "wandb": "WandB",
-    "trackio": "Trackio",
-    "mlflow": "MLflow",
-}  # classes in `trackers/`, by the name of their file
+# Classes in `trackers/`, by the name of their file.
+TRACKERS = {name.lower(): name for name in ("TensorBoard", "WandB", "Trackio", "MLflow")}
 MEDIA = "log_audio", "log_image", "log_text"
 
 
