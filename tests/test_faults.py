@@ -37,8 +37,8 @@ def test_the_loss_of_an_entry_is_noticed(campaign: faults.Campaign, control: str
 
 
 def test_no_damaged_file_is_lost_silently() -> None:
-    found = damage.campaign(100)
-    assert sum(counts.total() for counts in found.values()) == 100
+    found = damage.campaign(200)
+    assert sum(counts.total() for counts in found.values()) == 200
     assert sum(counts[damage.LOST] for counts in found.values()) == 0
 
 

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from hooks.record import address
 from noxfile import PARTS
@@ -27,6 +28,7 @@ COMMON = {
     ".pre-commit-config.yaml",
     ".template.json",
     "AGENTS.md",
+    "CITATION.cff",
     "LICENSE",
     "README.md",
     "my_research/__init__.py",
@@ -312,6 +314,9 @@ def test_an_author_with_an_accent(render: Render, tmp_path: Path) -> None:
     about = tomllib.loads((project / "pyproject.toml").read_text())["project"]
     assert about["authors"] == [{"name": "Zoé D'Arcy"}]
     assert about["description"] == "It's déjà vu"
+    cited = OmegaConf.load(project / "CITATION.cff")
+    assert cited.authors == [{"name": "Zoé D'Arcy"}]
+    assert cited.abstract == "It's déjà vu"
     assert "Zoé D'Arcy" in (project / "LICENSE").read_text()
     compile((project / "my_research" / "__init__.py").read_text(), "", "exec")
 
@@ -319,6 +324,7 @@ def test_an_author_with_an_accent(render: Render, tmp_path: Path) -> None:
 def test_versions_agree() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f'__version__ = "{version}"' in (ROOT / "core" / "__init__.py").read_text()
+    assert OmegaConf.load(ROOT / "CITATION.cff").version == version
     headings = re.findall(r"^## (\S+)(.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[0] == ("Unreleased", "")
     for newest, date in headings[1:2]:  # none before the first release
