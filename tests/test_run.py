@@ -209,6 +209,20 @@ def test_torchrun_on_two_machines_that_are_one(project: Path) -> None:
     assert len(list(project.glob("outputs/xps/*/solver.log.*"))) == 2
 
 
+def test_torchrun_starts_a_killed_rank_again(project: Path) -> None:
+    gate = Gate(project)
+    told = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    dora = ["-m", "dora", "run", "epochs=3", "trackers=[]"]
+    process = Command(project, "-m", "torch.distributed.run", *told, *dora)
+    process.until(lambda: gate.reached(processes=2))
+    os.kill(max(int(path.name) for path in gate.folder.iterdir()), signal.SIGKILL)
+    gate.open()
+    process.finish()
+    assert len(history(project)) == 3
+    [log] = project.glob("outputs/xps/*/solver.log.0")
+    assert "resumes in epoch 2" in log.read_text()
+
+
 def test_readme_is_true() -> None:
     """The test command is what CI runs first; the solver shown is the solver rendered."""
     readme = (ROOT / "README.md").read_text()
