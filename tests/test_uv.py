@@ -11,6 +11,13 @@ import pytest
 UV = Path(sys.executable).with_name("uv")
 
 
+def at_hand() -> str:
+    """Return the folder of wheels that pip is told of, if any."""
+    told = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+    configured = subprocess.run(told, capture_output=True, text=True, check=False).stdout.strip()
+    return os.environ.get("PIP_FIND_LINKS") or configured
+
+
 @pytest.mark.skipif(not UV.exists(), reason="uv is not installed")
 def test_with_uv_alone(template: Path, tmp_path: Path) -> None:
     temporary = {"VIRTUAL_ENV": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
@@ -30,7 +37,7 @@ def test_with_uv_alone(template: Path, tmp_path: Path) -> None:
     text = about.read_text().replace(
         '# torch = { index = "pytorch" }', 'torch = { index = "pytorch" }'
     )
-    if wheels := os.environ.get("PIP_FIND_LINKS"):  # a build without CUDA that is at hand
+    if wheels := at_hand():  # a build without CUDA
         index = "https://download.pytorch.org/whl/cpu"
         assert index in text
         text = text.replace(f'"{index}"', f'"{wheels}"\nformat = "flat"')
