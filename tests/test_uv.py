@@ -23,6 +23,7 @@ def test_with_uv_alone(template: Path, tmp_path: Path) -> None:
     temporary = {"VIRTUAL_ENV": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     cache = subprocess.check_output([UV, "cache", "dir"], text=True).strip()
     env = os.environ | temporary | {"UV_CACHE_DIR": cache, "UV_PYTHON": sys.executable}
+    env |= {"UV_SYSTEM_CERTS": "1", "UV_NATIVE_TLS": "1"}  # two names, of new and old versions
 
     def uv(*arguments: str, folder: Path) -> str:
         done = subprocess.run(

@@ -111,6 +111,9 @@ def style(index: int) -> tuple[str, str]:
 def chart(runs: Sequence[Run], name: str, of: str) -> str:
     """Return one metric of all runs as a piece of HTML."""
     import plotly.graph_objects as go
+    import plotly.io
+
+    plotly.io.json.config.default_engine = "json"  # orjson, where installed, refuses some names
 
     figure, markers = go.Figure(), 30 if len(runs) <= len(COLOURS) else 1
     for index, run in enumerate(runs):
