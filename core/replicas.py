@@ -29,7 +29,7 @@ NOT_COMPARED = {"history", "xp.cfg", "xp.sig"}  # durations may differ; the othe
 def shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return rank zero's metrics of an epoch, by stage; a warning names those that differ.
 
-    So decisions by the history are the same on all ranks, which must all take part.
+    All ranks must take part. Decisions by the history are then the same everywhere.
     """
     if not distrib.is_distributed():
         return metrics

@@ -138,7 +138,10 @@ def _contents(value: Any) -> Any:
 
 
 def _replace(value: Any, state: Any) -> Any:
-    """Return the state in place of a value; a tensor or array of the same kind is filled."""
+    """Return the state for an attribute; fill and return its tensor or array, if alike.
+
+    So variables that refer to it stay valid.
+    """
     if value is None and (owner := isinstance(state, OrderedDict) and vars(state).get("owner")):
         raise TypeError(f"it is None here, with the state of a {owner}: build it before restore")
     array = isinstance(value, (torch.Tensor, np.ndarray)) and type(state) is type(value)
@@ -239,7 +242,8 @@ class WriteOnlyWrapper:
         """Ignore the state."""
 
 
-def _whole(keeps: bool, marks: bool, tensor: Any, name: str) -> Any:
+def _saved(keeps: bool, marks: bool, tensor: Any, name: str) -> Any:
+    """Return a tensor as it is saved: a shard or whole, marked if from an accelerator."""
     whole = tensor if keeps else gathered(tensor)
     return on_device(whole) if marks and not tensor.is_cpu else whole
 
@@ -283,7 +287,7 @@ class StateManager:
                 raise
             keeps = self.keeps_shards and getattr(source, "fits", False)
             marks = isinstance(source, AttributeWrapper) and source.adapter.marks
-            copy = partial(_whole, keeps, marks)
+            copy = partial(_saved, keeps, marks)
             states[name] = to_plain(state, name, copy, not isinstance(source, WriteOnlyWrapper))
         return states
 

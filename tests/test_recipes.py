@@ -128,7 +128,8 @@ def remove_dora(project: Path) -> None:
     train = train.replace("load_solver(sig:", "load_solver(folder:").replace("run {sig} ", "it ")
     (package / "train.py").write_text(train.replace("    main()\n", "    main(*sys.argv[1:])\n"))
     shutil.rmtree(package / "grids")
-    (package / "tools" / "sweep.py").unlink()
+    for name in ("sweep", "grid"):
+        (package / "tools" / f"{name}.py").unlink()
     (package / "core" / "launch.py").unlink()
     init = package / "core" / "__init__.py"
     init.write_text(re.sub(r' launch,|"launch", ', "", init.read_text()))

@@ -56,11 +56,8 @@ class MLflow(Tracker):
             known = client.get_experiment_by_name(self.project)
             where = known.experiment_id if known else client.create_experiment(self.project, place)
             found = client.search_runs([where], f"tags.sig = '{self.xp.sig}'")
-            run = (
-                found[0]
-                if found
-                else client.create_run(where, None, {"sig": self.xp.sig}, self.name)
-            )
+            tags = {"sig": self.xp.sig}
+            run = found[0] if found else client.create_run(where, tags=tags, run_name=self.name)
             self._opened = client, run.info.run_id
             for name, value in () if found else self._params.items():
                 client.log_param(run.info.run_id, name, value)
