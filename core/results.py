@@ -24,7 +24,7 @@ from .utils import UserError, flatten
 
 T = TypeVar("T")
 # Classes in `trackers/`, by the name of their file.
-TRACKERS = {name.lower(): name for name in ("TensorBoard", "WandB", "Trackio", "MLflow")}
+TRACKERS = {name.lower(): name for name in ("TensorBoard", "WandB", "Trackio", "MLflow", "Aim")}
 MEDIA = "log_audio", "log_image", "log_text"
 
 
@@ -230,8 +230,8 @@ class Logs:
         """Send results to trackers by name, as a config lists them.
 
         Args:
-            names: `tensorboard`, `wandb`, `trackio` or `mlflow`.
-            options: of the last three, such as `project`; see `trackers.WandB`.
+            names: `tensorboard`, `wandb`, `trackio`, `mlflow` or `aim`.
+            options: of all but the first, such as `project`; see `trackers.WandB`.
         """
         for name in names:
             if name not in TRACKERS:

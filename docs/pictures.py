@@ -1,4 +1,4 @@
-"""Takes the README's pictures from a real run: `nox -s pictures`.
+"""Takes the README's pictures from a real run, and executes the notebook: `nox -s pictures`.
 
 The terminal is recorded through a pseudo-terminal; the report's page needs Chromium.
 """
@@ -16,10 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import nbformat
+from nbclient import NotebookClient
 from rich.console import Console
 from rich.text import Text
 
 HERE = Path(__file__).parent
+NOTEBOOK = HERE.parent / "template" / "examples" / "digits" / "notebooks" / "results.ipynb"
 COLUMNS = 118
 
 
@@ -105,6 +108,19 @@ def page(project: Path, target: Path) -> None:
         )
 
 
+def notebook(project: Path, target: Path) -> None:
+    """The notebook of the digits, with what its cells show, as a template again."""
+    path = project / "notebooks" / target.name
+    found = nbformat.read(path, as_version=4)
+    NotebookClient(
+        found, resources={"metadata": {"path": path.parent}}, record_timing=False
+    ).execute()
+    found.metadata.language_info = {"name": "python"}  # without a version
+    text = nbformat.writes(found).replace("my_research", "{{ cookiecutter.package_name }}")
+    target.write_text(text + "\n")
+
+
 if __name__ == "__main__":
     terminal(Path(sys.argv[1]), HERE / "terminal.svg")
     page(Path(sys.argv[1]), HERE / "report.png")
+    notebook(Path(sys.argv[1]), NOTEBOOK)

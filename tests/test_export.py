@@ -1,13 +1,16 @@
-"""Export a run of a rendered project, and read it without the core."""
+"""What follows a training: export a run, read it without the core, look at it in a notebook."""
 
+import ast
 import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from .commands import run
+from .conftest import ROOT
 
 pytest.importorskip("safetensors")
 READ = """
@@ -49,3 +52,26 @@ def test_weights_are_read_without_the_core(project: Path) -> None:
     assert (project / "exported" / folder.name / "model.safetensors").exists()
     said = run(project, *command[:2], "0123abcd", code=1)
     assert re.match(r".*export: .*0123abcd", said.splitlines()[-1])
+
+
+def test_the_notebook_shows_the_newest_run(project: Path) -> None:
+    nbformat, nbclient = map(pytest.importorskip, ("nbformat", "nbclient"))
+    run(project, "-m", "dora", "run", "epochs=2", "trackers=[]")
+    name = Path("notebooks", "results.ipynb")
+    cells = nbformat.read(project / name, as_version=4)
+    shipped = [cell.pop("outputs", None) for cell in cells.cells]
+    client = nbclient.NotebookClient(cells, resources={"metadata": {"path": project / "notebooks"}})
+    client.execute(env=os.environ | {"PYTHONPATH": str(project)})
+    shown = [cell.get("outputs") for cell in cells.cells]
+
+    def kinds(outputs: list[Any]) -> list[Any]:
+        return [
+            [(o["output_type"], *sorted(o.get("data", ()))) for o in cell or ()] for cell in outputs
+        ]
+
+    assert kinds(shown) == kinds(shipped), "run `nox -s pictures`"
+    assert sum("image/png" in str(kind) for kind in kinds(shown)) == 2
+    [history] = project.glob("outputs/xps/*/history.json")
+    newest = json.loads(history.read_text())[-1]
+    assert ast.literal_eval(shown[1][0]["data"]["text/plain"]) == newest
+    assert str(Path.home()) not in (ROOT / "template/examples/digits" / name).read_text()

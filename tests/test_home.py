@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from .conftest import ROOT, Copy, clean_environment
@@ -221,7 +223,8 @@ def test_it_passes_the_review_and_needs_each_exception(home: Home) -> None:
 
 
 def test_its_hooks_and_workflow_are_sound(home: Home) -> None:
-    home.shell("pre-commit validate-config .pre-commit-config.yaml")
+    for reader in ("pre-commit", "prek"):
+        home.shell(f"{reader} validate-config .pre-commit-config.yaml")
     home.shell("zizmor --offline .")
 
 
@@ -242,3 +245,37 @@ def test_what_is_built_holds_all_and_nothing_of_runs(home: Home) -> None:
     assert groups >= {"config.yaml", "debug", "experiment"}
     assert held == package >= {"my_research/py.typed", "my_research/grids/lr.py"}
     assert source == files | {"PKG-INFO"} >= {"tests/test_train.py"}
+
+
+def test_each_release_is_published_as_a_sample(template: Path, tmp_path: Path) -> None:
+    """The workflow's own lines, with folders in place of GitHub's repos; `pip` finds all there."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/sample.yml").read_text())
+    job = workflow["jobs"]["publish"]
+    source, remote = tmp_path / "cookiecutter-solver", tmp_path / "remote.git"
+    shutil.copytree(template, source)
+    env = clean_environment(tmp_path) | job["env"]
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    env |= {"TEMPLATE": str(source), "REMOTE": str(remote)}
+
+    def git(*arguments: str, folder: Path = source) -> str:
+        return subprocess.check_output(["git", *arguments], cwd=folder, env=env, text=True)
+
+    git("init", "-q", "--bare", str(remote), folder=tmp_path)
+    git("init", "-q")
+    for tag in ("v0.1.0", "v0.2.0"):
+        readme = source / "template" / "README.md"
+        readme.write_text(f"{readme.read_text()}Release {tag}.\n")
+        git("add", "-A")
+        git("commit", "-qm", tag)
+        git("tag", tag)
+        env |= {"GITHUB_REF_NAME": tag, "RUNNER_TEMP": str(tmp_path / tag)}
+        for step in job["steps"]:
+            if "run" in step:
+                shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
+                subprocess.run(shell, cwd=tmp_path, env=env, check=True)
+    log = git("log", "--format=%s", "sample", folder=remote).splitlines()
+    assert log == ["Render v0.2.0", "Render v0.1.0"]
+    assert git("diff", "--stat", "sample^", "sample", "--", "README.md", folder=remote)
+    record = json.loads(git("show", "sample:.template.json", folder=remote))
+    assert record["template"] == str(source)
+    subprocess.run(["zizmor", "--offline", "-q", ROOT / ".github"], env=env, check=True)

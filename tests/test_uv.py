@@ -1,6 +1,8 @@
 """Render, install, lock and train with uv alone, as README.md of a rendered project says."""
 
+import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -8,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from .conftest import ROOT
 
 UV = Path(sys.executable).with_name("uv")
 
@@ -55,3 +59,22 @@ def test_with_uv_alone(template: Path, tmp_path: Path) -> None:
     assert "valid.acc: " in uv("run", "dora", "run", "debug=limit", folder=project)
     uv("run", "pytest", "-q", "tests/test_config.py", "-k", "refused", folder=project)
     shutil.rmtree(project / ".venv")  # large
+
+    # What the Dockerfile of docs/elsewhere does with what is committed, without a container.
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "add", "-A"], cwd=project, check=True)
+    subprocess.run([*git, "commit", "-qm", "lock"], cwd=project, check=True)
+    subprocess.run([*git, "clone", "-q", project, tmp_path / "image"], check=True)
+    recipe = (ROOT / "docs" / "elsewhere" / "Dockerfile").read_text()
+    for step in re.findall("^RUN uv (.*)", recipe, re.M):
+        uv(*step.split(), folder=tmp_path / "image")
+    entry = json.loads(re.findall("^ENTRYPOINT (.*)", recipe, re.M)[0])
+    command = tmp_path / "image" / ".venv" / "bin" / entry[0]
+    subprocess.run(
+        [command, *entry[1:], "debug=limit"],
+        cwd=tmp_path / "image",
+        env=env | {"MY_RESEARCH_DIR": str(tmp_path)},
+        check=True,
+    )
+    assert list(tmp_path.glob("xps/*/history.json"))
+    shutil.rmtree(tmp_path / "image")

@@ -1,4 +1,4 @@
-"""Trackers of metrics and media: local files, TensorBoard, W&B, Trackio, MLflow, or your own.
+"""Trackers of metrics and media: local files, TensorBoard, W&B, Trackio, MLflow, Aim, or your own.
 
 The files of services are imported when used.
 """

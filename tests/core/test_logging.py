@@ -597,6 +597,33 @@ def test_mlflow(tmp_path: Path) -> None:
     assert names == {"a.wav", "i.png", "t.txt"}
 
 
+def test_aim(tmp_path: Path) -> None:
+    aim = pytest.importorskip("aim")
+    run(tmp_path, "-c", LOG.format(name="aim"), env=os.environ | {"PYTHONPATH": ROOT})
+    # As `aim up` does.
+    index = [
+        str(Path(sys.executable).with_name("aim")),
+        "storage",
+        "--repo",
+        "runs",
+        "reindex",
+        "-y",
+    ]
+    subprocess.run(index, cwd=tmp_path, check=True)
+    [found] = aim.Repo(str(tmp_path / "runs")).iter_runs()
+    assert (found.name, found.experiment, found["config"]["optim.lr"]) == ("abc", "p", 0.1)
+    curves = {(m.context["stage"], m.name): m.data.items_list() for m in found.metrics()}
+    points = {key: (steps, columns[0]) for key, (steps, columns) in curves.items()}
+    assert points["train", "loss"] == ([1, 2, 3, 4], [1 / epoch for epoch in range(1, 5)])
+    assert points["train_steps", "loss"] == ([*range(1, 13)], [10.0 * n for n in range(1, 13)])
+    media = found.collect_sequence_info(("images", "audios", "texts"))
+    assert {kind: [each["name"] for each in found] for kind, found in media.items()} == {
+        "images": ["i"],
+        "audios": ["a"],
+        "texts": ["t"],
+    }
+
+
 def test_two_runs_of_a_process_are_two_pages_of_wandb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
