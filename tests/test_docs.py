@@ -207,6 +207,40 @@ def test_the_core_has_as_many_lines_as_the_readme_says() -> None:
         assert abs(int((one or other).replace(",", "")) - lines) <= 100, lines
 
 
+# What the README's comparison says in its own words, and how a cell of the bench begins.
+SAID = {"fails to load": "fails: ", "other weights": "resumes, with other weights"}
+SAID |= {"unnoticed, if patched to load": "", "noticed; the previous one is used": "noticed; "}
+
+
+def rows(text: str, heading: str) -> list[list[str]]:
+    """The cells of the table below a line that begins so."""
+    _, found, below = text.partition(f"\n{heading}")
+    assert found, heading
+    table = re.findall(r"^\|(.*)\|$", below.partition("\n#")[0], re.M)
+    return [[cell.strip() for cell in row.split("|")] for row in table]
+
+
+def test_the_comparison_is_what_the_bench_measured() -> None:
+    results = (ROOT / "bench" / "RESULTS.md").read_text()
+    text = README.read_text()
+    (_, *names), _, *said = rows(text, "## Compared with others")
+    kinds, _, *measured = rows(results, "## Reliability")
+    found = {way: dict(zip(kinds[1:], cells, strict=True)) for way, *cells in measured}
+    *behaviour, lines = said
+    assert len(behaviour) == len(kinds) - 1
+    for kind, (_, *cells) in zip(kinds[1:], behaviour, strict=True):
+        for name, cell in zip(names, cells, strict=True):
+            way = "Flashy, patched" if "patched" in cell else name
+            assert found[way][kind].startswith(SAID.get(cell, cell)), (kind, name)
+    counted = {way: code for way, code, *_ in rows(results, "## Size")}
+    for name, cell in zip(names[1:], lines[2:], strict=True):
+        assert abs(int(cell.replace(",", "")) - int(counted[name].replace(",", ""))) <= 100, name
+    [(measured_on, versions)] = re.findall(r"measured .* on (.*?): ([^`]*?)\.\n\n", text, re.S)
+    assert f"- {measured_on}, in " in results
+    for name, version in re.findall(r"([A-Z]?[a-z]+) (\d[\d.]*\d)", versions):
+        assert re.search(rf"\b(pytorch-|lightning-)?{name.lower()} {version}\b", results), name
+
+
 def heading(line: str) -> str:
     """The anchor of a heading, as GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).strip().replace(" ", "-")
