@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from ..metrics import Metrics
-from ..utils import write_and_rename
 from .base import Tracker, to_bytes, write_wav
 
 logger = logging.getLogger(__name__)
@@ -65,18 +64,26 @@ class LocalFiles(Tracker):
 
 
 def _cut(path: Path, epoch: int, done: Collection[str], steps: Mapping[str, int]) -> None:
-    """Drop damaged rows, and rows after the point of a resume."""
-    kept, damaged = [], 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    """Drop the rows after the point of a resume, and damaged rows there."""
+    data, kept, damaged = path.read_bytes(), [], 0
+    start = len(data)
+    while start:
+        begin = data.rfind(b"\n", 0, start - 1) + 1
+        line = data[begin:start]
         try:
             row = json.loads(line) if line.endswith(b"\n") else {}
             stage, step = row["stage"], row.get("step")
+            if row["epoch"] < epoch:
+                break  # as are all rows above
             is_before = stage in done if step is None else step <= steps.get(stage, 0)
-            if row["epoch"] <= (epoch if is_before else epoch - 1):
+            if row["epoch"] == epoch and is_before:
                 kept.append(line)
         except (ValueError, TypeError, LookupError):
             damaged += 1
-    with write_and_rename(path) as file:
-        file.writelines(kept)
+        start = begin
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.writelines(reversed(kept))  # mostly what is there: a kill here loses nothing
+        file.truncate()
     if damaged:
         logger.warning("%s: dropped %d damaged lines, such as one torn by a kill", path, damaged)
