@@ -110,27 +110,29 @@ def style(index: int) -> tuple[str, str]:
 
 def chart(runs: Sequence[Run], name: str, of: str) -> str:
     """Return one metric of all runs as a piece of HTML."""
-    import plotly.graph_objects as go
     import plotly.io
 
     plotly.io.json.config.default_engine = "json"  # orjson, where installed, refuses some names
 
-    figure, markers = go.Figure(), 30 if len(runs) <= len(COLOURS) else 1
+    lines, markers = [], 30 if len(runs) <= len(COLOURS) else 1
     for index, run in enumerate(runs):
         curve = getattr(run, of).get(name, {})
         colour, dash = style(index)
-        figure.add_scatter(
-            x=list(curve),
-            y=[value if math.isfinite(value) else None for value in curve.values()],
-            name=run.sig,
-            mode="lines" if len(curve) > markers else "lines+markers",
-            line={"color": colour, "dash": dash, "width": 2},
-            marker={"size": 5},
-            hovertemplate=f"<b>{run.sig}</b><br>{of[:-1]} %{{x}}: %{{y:.5g}}<extra></extra>",
-        )
-    figure.update_layout(**layout(name, of[:-1]))
+        line = {
+            "type": "scatter",
+            "x": list(curve),
+            "y": [value if math.isfinite(value) else None for value in curve.values()],
+            "name": run.sig,
+            "mode": "lines" if len(curve) > markers else "lines+markers",
+            "line": {"color": colour, "dash": dash, "width": 2},
+            "marker": {"size": 5},
+            "hovertemplate": f"<b>{run.sig}</b><br>{of[:-1]} %{{x}}: %{{y:.5g}}<extra></extra>",
+        }
+        lines.append(line)
+    figure = {"data": lines, "layout": layout(name, of[:-1])}
+    options = {"full_html": False, "include_plotlyjs": False, "validate": False}
     shown = {"displayModeBar": False, "responsive": True}
-    return str(figure.to_html(full_html=False, include_plotlyjs=False, config=shown))
+    return str(plotly.io.to_html(figure, config=shown, **options))
 
 
 def layout(name: str, unit: str) -> dict[str, Any]:
@@ -138,7 +140,6 @@ def layout(name: str, unit: str) -> dict[str, Any]:
     axis = {"showline": True, "zeroline": False, "ticks": "outside", "automargin": True}
     title = name.replace(".", " ", 1) + (" (s)" if name.endswith(".duration") else "")
     return {
-        "template": "none",
         "height": 320,
         "margin": {"l": 48, "r": 12, "t": 12, "b": 40},
         "showlegend": False,
