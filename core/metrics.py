@@ -39,7 +39,8 @@ class Averages(Mapping[str, float]):
 
     def __call__(self, metrics: Metrics, weight: Any = 1.0) -> Averages:
         """Add the metrics of a step: numbers, or tensors of one element."""
-        step = {name: number(name, value) for name, value in {**metrics, WEIGHT: weight}.items()}
+        step = {name: number(name, value) for name, value in metrics.items()}
+        step[WEIGHT] = number(WEIGHT, weight)
         self._steps.append(step)
         if len(self._steps) >= MOST_STEPS:
             self.sums()
@@ -99,13 +100,16 @@ averager = Averages  # Flashy's name
 
 def number(name: str, value: Any) -> Any:
     """Return a float, or a copy of a tensor on its device."""
-    tensor = isinstance(value, torch.Tensor)
+    found = value
     try:
-        if tensor and not value.is_cpu:
-            # A copy: the step may change the tensor, or it may be a view that keeps a large one.
-            return value.detach().reshape(()).clone()
-        return float(value.item() if tensor else value)
+        if isinstance(value, torch.Tensor):
+            if not value.is_cpu:
+                # A copy: the step may change the tensor, or it may be a view that keeps a large one.
+                return value.detach().reshape(()).clone()
+            found = value.item()
+        return float(found)
     except (TypeError, ValueError, RuntimeError):
+        tensor = isinstance(value, torch.Tensor)
         shown = f"a tensor {[*value.shape]}" if tensor else reprlib.repr(value)
         needed = "a metric is a number or a tensor of one element"
         raise ValueError(f"average of {name}: {needed}, not {shown}") from None

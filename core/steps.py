@@ -204,6 +204,7 @@ class Steps(Generic[T]):
         if self._bar is not None:
             raise UserError(f"stage {stage.name} iterates twice: make it two stages")
         self._bar = self.make_bar(stage.name, self._begin(), total=self.total)
+        self._bar.update(stage.averages)
         self._bar.done = stage.step
         with requests.loop((here.epoch, here.stage), stage.step, torch.is_grad_enabled()):
             for item in self._bar:
@@ -234,11 +235,10 @@ class Steps(Generic[T]):
         stage = self.stage
         stage.logged = stage.step + 1
         good = not self.finite or self._accepts(metrics)
-        averages = stage.averages(metrics, weight) if good else stage.averages
+        if good:
+            stage.averages(metrics, weight)
         if self.skip:
-            averages.count("skipped", not good)
-        if self._bar is not None:
-            self._bar.update(averages)
+            stage.averages.count("skipped", not good)
         counted = stage.counted + stage.logged
         if good and self.every and counted % self.every == 0:
             self.log_step(stage.name, metrics, counted, stage.number)
