@@ -24,6 +24,7 @@ SUBJECTS = [
     "goodput",
     "startup",
     "history",
+    "many",
     "memory",
     "sharded",
     "render",

@@ -104,7 +104,7 @@ def number(name: str, value: Any) -> Any:
     try:
         if isinstance(value, torch.Tensor):
             if not value.is_cpu:
-                # A copy: the step may change the tensor, or it may be a view that keeps a large one.
+                # A copy: the step may change it, or it may be a view that keeps a large one.
                 return value.detach().reshape(()).clone()
             found = value.item()
         return float(found)
