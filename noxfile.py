@@ -149,6 +149,25 @@ def tests(session: nox.Session) -> None:
         session.run(*pytest, "tests", "-m", "promise", *SHARED)
 
 
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Test a rendered project with the oldest packages that it allows; arguments override them."""
+    install(session, "cookiecutter", "uv")
+    with tempfile.TemporaryDirectory() as folder:
+        project = render(session, Path(folder))
+        oldest, overrides = Path(folder, "oldest.txt"), Path(folder, "overrides.txt")
+        overrides.write_text("\n".join(session.posargs))
+        resolve = ("uv", "pip", "compile", "-q", "--resolution", "lowest-direct", "--extra", "dev")
+        with session.chdir(project):
+            session.run(
+                *resolve, "pyproject.toml", "--overrides", str(overrides), "-o", str(oldest)
+            )
+            session.install("-q", "-r", str(oldest), "pytest-xdist")
+            session.install("-q", "--no-deps", "-e", ".")
+            session.run("dora", "run", "debug=limit")
+            session.run("pytest", *SHARED)
+
+
 @nox.session(venv_backend="none")
 def full(session: nox.Session) -> None:
     """Run all tests; `-- core` and the like only a part, without Slurm."""

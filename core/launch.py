@@ -87,7 +87,7 @@ def hydra_main(
         config_path: folder of the config files, relative to the decorated function's file.
         config_name: name of the main config file, without `.yaml`.
         schema: dataclass with the config's keys and types.
-        version_base: compatibility level of Hydra.
+        version_base: compatibility level of Hydra 1.3; newer ones have none.
 
     Returns:
         The object that Dora's commands work on: call it to run; `.get_xp(argv)` and
@@ -99,12 +99,14 @@ def hydra_main(
         ConfigStore.instance().store(name="schema", node=schema)
 
     def decorate(main: Callable[[Any], None]) -> Any:
+        import hydra
         from dora.hydra import HydraMain
 
         _patch_dora()
+        level = {"version_base": version_base} if hydra.__version__.startswith("1.3.") else {}
         kind: Any = type("Main", (_Additions, HydraMain), {"typed": schema is not None})
         with _hydra(f" in {config_name}.yaml"):
-            return kind(main, config_name, config_path, version_base=version_base)
+            return kind(main, config_name, config_path, **level)
 
     return decorate
 

@@ -100,16 +100,13 @@ averager = Averages  # Flashy's name
 
 def number(name: str, value: Any) -> Any:
     """Return a float, or a copy of a tensor on its device."""
-    found = value
+    tensor = isinstance(value, torch.Tensor)
     try:
-        if isinstance(value, torch.Tensor):
-            if not value.is_cpu:
-                # A copy: the step may change it, or it may be a view that keeps a large one.
-                return value.detach().reshape(()).clone()
-            found = value.item()
-        return float(found)
+        if tensor and not value.is_cpu:
+            # A copy: the step may change the tensor, or it may be a view that keeps a large one.
+            return value.detach().reshape(()).clone()
+        return float(value.item() if tensor else value)
     except (TypeError, ValueError, RuntimeError):
-        tensor = isinstance(value, torch.Tensor)
         shown = f"a tensor {[*value.shape]}" if tensor else reprlib.repr(value)
         needed = "a metric is a number or a tensor of one element"
         raise ValueError(f"average of {name}: {needed}, not {shown}") from None

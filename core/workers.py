@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -130,7 +131,8 @@ class _SeededBatches:
 def _forks(context: Any) -> bool:
     """Return whether workers would be forked, not spawned, and can wait for a signal."""
     method = context or multiprocessing.get_start_method(allow_none=True)
-    default = multiprocessing.get_all_start_methods()[0]
+    # Since Python 3.14, Linux has a server to fork; its workers end at a SIGTERM, and start slowly.
+    default = "fork" if sys.platform == "linux" else multiprocessing.get_all_start_methods()[0]
     return (method or default) == "fork" and hasattr(signal, "sigwaitinfo")
 
 
@@ -153,9 +155,11 @@ def _fork_context() -> multiprocessing.context.BaseContext:
 
 def _end_without_parent() -> None:
     """End a worker whose parent was killed before PyTorch's first look at the parent."""
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid != os.getppid():
-        os._exit(1)
+    parent, worker = multiprocessing.parent_process(), multiprocessing.current_process()
+    if parent is not None:
+        of_server = type(worker).__name__ == "ForkServerProcess"  # no child of its parent
+        if not parent.is_alive() if of_server else parent.pid != os.getppid():
+            os._exit(1)
 
 
 def _leave_signals_to_the_run() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ..metrics import Metrics
 from .base import Tracker, to_bytes, write_wav
-
-logger = logging.getLogger(__name__)
 
 
 class LocalFiles(Tracker):
@@ -64,26 +62,18 @@ class LocalFiles(Tracker):
 
 
 def _cut(path: Path, epoch: int, done: Collection[str], steps: Mapping[str, int]) -> None:
-    """Drop the rows after the point of a resume, and damaged rows there."""
-    data, kept, damaged = path.read_bytes(), [], 0
-    start = len(data)
-    while start:
-        begin = data.rfind(b"\n", 0, start - 1) + 1
-        line = data[begin:start]
-        try:
-            row = json.loads(line) if line.endswith(b"\n") else {}
+    """Drop the rows after the point of a resume, and a row torn by a kill."""
+    lines, kept = path.read_bytes().splitlines(keepends=True), []
+    while lines:
+        with suppress(ValueError, TypeError, LookupError):
+            row = json.loads(lines[-1]) if lines[-1].endswith(b"\n") else {}
             stage, step = row["stage"], row.get("step")
             if row["epoch"] < epoch:
-                break  # as are all rows above
+                break  # as are all lines above
             is_before = stage in done if step is None else step <= steps.get(stage, 0)
-            if row["epoch"] == epoch and is_before:
-                kept.append(line)
-        except (ValueError, TypeError, LookupError):
-            damaged += 1
-        start = begin
+            kept += lines[-1:] if is_before and row["epoch"] == epoch else []
+        lines.pop()
     with path.open("r+b") as file:
-        file.seek(start)
+        file.seek(sum(map(len, lines)))
         file.writelines(reversed(kept))  # mostly what is there: a kill here loses nothing
         file.truncate()
-    if damaged:
-        logger.warning("%s: dropped %d damaged lines, such as one torn by a kill", path, damaged)
