@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,8 @@ torch_done = time.process_time()
 import {}
 print(torch_done - begin, time.process_time() - torch_done)
 """
-FIRST_STEP = re.compile(rb"\| 1/\d+ \|")  # the progress line of the first step
+STEP = re.compile(rb"Train \| .*\| \d+/\d+ \|")  # the progress line of a step
+RUN = ("-m", "dora", "run", "log_updates=1000")  # a line for each step
 IMPORTED = re.compile(r"import time:\s+(\d+) \|\s+\d+ \| (\s*)(\S+)")
 
 PLAIN = """
@@ -104,27 +106,53 @@ def process(project: Path, *command: str) -> Callable[[], float]:
     return run
 
 
-def first_step(project: Path, *options: str, log: Path | None = None) -> float:
-    """Seconds from `dora run` to the progress line of the first step; the run is then killed."""
-    command = [sys.executable, *options, "-m", "dora", "run", "log_updates=1000"]
+def first_step(
+    project: Path, *options: str, log: Path | None = None, before: Path | None = None
+) -> float:
+    """Seconds from `dora run` to the progress line of the first step; the run is then killed.
+
+    Args:
+        project: where to run.
+        options: of Python.
+        log: file for the lines until then.
+        before: folder of runs, of which one resumes.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        if before is not None:
+            shutil.copytree(before, folder, dirs_exist_ok=True)
         env = {**os.environ, "MY_RESEARCH_DIR": folder}
         begin = time.perf_counter()
-        run = subprocess.Popen(command, cwd=project, env=env, stderr=subprocess.PIPE)
+        run = subprocess.Popen(
+            [sys.executable, *options, *RUN], cwd=project, env=env, stderr=subprocess.PIPE
+        )
         assert run.stderr is not None
         lines = []
         for line in run.stderr:
             lines.append(line)
-            if FIRST_STEP.search(line):
+            if STEP.search(line):
                 break
         taken = time.perf_counter() - begin
         run.kill()
         rest = run.communicate()[1]
     if log is not None:
         log.write_bytes(b"".join(lines))
-    if not lines or not FIRST_STEP.search(lines[-1]):
+    if not lines or not STEP.search(lines[-1]):
         raise RuntimeError(f"no step was done: {(lines or [rest])[-1].decode().strip()}")
     return taken
+
+
+def stopped_run(project: Path, folder: Path) -> Path:
+    """A folder of runs, with one that was stopped within its second epoch."""
+    env = {**os.environ, "MY_RESEARCH_DIR": str(folder)}
+    run = subprocess.Popen(
+        [sys.executable, *RUN], cwd=project, env=env, stderr=subprocess.PIPE, text=True
+    )
+    assert run.stderr is not None
+    next(line for line in run.stderr if "Train | Epoch 2 | 5/" in line)
+    run.terminate()
+    run.communicate()
+    assert run.returncode == 130, run.returncode
+    return folder
 
 
 def empty_run(folder: Path) -> Callable[[], float]:
@@ -141,6 +169,8 @@ def starts(project: Path, folder: Path, rounds: int) -> Section:
     """From the shell to the first step, by parts that add up."""
     base = "`import torch`"
     ours = f"{OURS}: `dora run` to the first step"
+    resumed = f"{OURS}: the same, resumed within an epoch"
+    before = stopped_run(project, folder / "stopped")
     ways: dict[str, Callable[[], float]] = {
         base: process(project, "-c", "import torch"),
         "and the core": process(project, "-c", "import my_research.core"),
@@ -148,9 +178,12 @@ def starts(project: Path, folder: Path, rounds: int) -> Section:
         "torch alone, to a first step": process(project, "-c", PLAIN),
         "an empty `dora run`": empty_run(folder),
         ours: lambda: first_step(project),
+        resumed: lambda: first_step(project, before=before),
     }
     times, failed = interleave(ways, rounds, warmup=0)
-    rows = compare(times, failed, base, 1.0, ratio=True, targets={ours: START_TARGET})
+    rows = compare(
+        times, failed, base, 1.0, ratio=True, targets=dict.fromkeys((ours, resumed), START_TARGET)
+    )
     about = (
         f"Whole processes, of the digits project; {rounds} rounds. Torch alone takes so long, for "
         "the first optimizer imports `torch._dynamo`."
