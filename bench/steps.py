@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,12 +19,15 @@ from .task import BATCH, LINE, WARM, Task
 TARGETS = {2: 5.0, 20: 25.0}  # microseconds, on a CPU
 
 
-def seconds(way: Callable[[Task], None], task: Callable[[], Task]) -> Callable[[], float]:
-    """What a step takes, measured anew at each call."""
+def seconds(
+    way: Callable[[Task], None], task: Callable[[], Task], between: list[float]
+) -> Callable[[], float]:
+    """What a step takes, measured anew at each call; the time between steps goes to a list."""
 
     def run() -> float:
         fresh = task()
         way(fresh)
+        between.append(fresh.data.between)
         return fresh.data.seconds
 
     return run
@@ -31,17 +35,23 @@ def seconds(way: Callable[[Task], None], task: Callable[[], Task]) -> Callable[[
 
 def section(title: str, task: Callable[[], Task], rounds: int, target: float | None) -> Section:
     """All ways on one task."""
-    ways = {name: seconds(way, task) for name, way in WAYS.items()}
+    between: dict[str, list[float]] = {name: [] for name in WAYS}
+    ways = {name: seconds(way, task, between[name]) for name, way in WAYS.items()}
     slow = [name for name in ways if "Lightning" in name]
     times, failed = interleave(ways, rounds, seldom=slow)
     kind = "wall" if task().device.type == "cuda" else "CPU"
     about = (
         f"A tiny MLP on batches of {BATCH} that are at hand; the metrics are averaged over the "
         f"epoch, and shown every {LINE} steps. Mean {kind} time over "
-        f"{LINE} steps, {rounds} rounds (a fourth for Lightning)."
+        f"{LINE} steps, {rounds} rounds (a fourth for Lightning). Between steps: from the "
+        "return of `optim.step()` to the next batch, above the bare loop."
     )
     targets = {OURS: target} if target is not None else {}
     rows = compare(times, failed, "bare loop", 1e6, targets=targets)
+    spent = {name: 1e6 * statistics.median(taken or [0.0]) for name, taken in between.items()}
+    for row in rows:
+        if spent[row.way] and row.way != "bare loop":
+            row.note = f"{spent[row.way] - spent['bare loop']:.1f} us between steps"
     taken, compared = (f"us a step, {kind} time", ".0f"), ("us above the bare loop", ".1f")
     return Section(title, about, taken, compared, rows)
 

@@ -31,15 +31,19 @@ class Clock(Dataset[Batch]):
         self.at: dict[int, Callable[[], Any]] = {}
         self.device = device
         self.seconds = 0.0  # per step
+        self.between = 0.0  # of them between two calls of `Task.step`, on average
+        self.ended = 0.0  # the last of these calls
 
     def __len__(self) -> int:
         return 2 * LINE
 
     def __getitem__(self, index: int) -> Batch:
         if index == WARM:
-            self.begun = self._now()
+            self.begun, self.between = self._now(), 0.0
         elif index == WARM + LINE:
             self.seconds = (self._now() - self.begun) / LINE
+            self.between /= LINE
+            self.ended = 0.0
         elif index in self.at:
             self.at[index]()
         return self.batches[index % len(self.batches)]
@@ -101,9 +105,12 @@ class Task:
 
     def step(self, batch: Batch, optim: torch.optim.Optimizer) -> Metrics:
         """A step of training by hand."""
+        if self.data.ended:
+            self.data.between += time.perf_counter() - self.data.ended
         with self.autocast():
             metrics = self.forward(self.model, batch)
         optim.zero_grad()
         metrics["loss"].backward()
         optim.step()
+        self.data.ended = time.perf_counter() if not self.data.seconds else 0.0
         return metrics

@@ -184,6 +184,8 @@ class LogProgressBar(Generic[T]):
 
     def _iterate(self) -> Iterator[T]:
         done, logged, waited = self.done, self.done, 0.0
+        every, total = self._every, self.total or sys.maxsize
+        due = min(done - done % every + every, total)
         live = self._live_bar()
         asked = last = time.perf_counter()
         try:
@@ -191,12 +193,13 @@ class LogProgressBar(Generic[T]):
                 given = time.perf_counter()
                 waited += given - asked
                 done += 1
-                due = done % self._every == 0 and (self.total is not None or given - last >= 10)
-                self._will_log = (due or done == self.total) and self.updates > 0
+                if done >= due:
+                    due = done + every if done >= total else min(done + every, total)
+                    self._will_log = self.updates > 0 and (bool(self.total) or given - last >= 10)
                 yield item
                 if self._will_log:
                     last = self._log(done, done - logged, last, waited)
-                    logged, waited = done, 0.0
+                    logged, waited, self._will_log = done, 0.0, False
                 if live is not None and live.update():  # now and then it shows itself
                     live.set_postfix_str(self._line(), refresh=False)
                 asked = time.perf_counter()
