@@ -9,7 +9,7 @@ from .metrics import Formatter, averager
 from .results import ResultLogger
 from .solver import BaseSolver
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # fmt: off
 __all__ = [

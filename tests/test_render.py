@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from core import __version__
 from hooks.record import address
 from noxfile import PARTS
 
@@ -221,7 +222,7 @@ def test_a_password_is_not_recorded(typed: str, kept: str, tmp_path: Path) -> No
 def test_a_first_commit_without_an_identity(render: Render, tmp_path: Path) -> None:
     render()
     project = tmp_path / "out" / "my-research"
-    assert git("log", "--format=%s", cwd=project) == "Start from cookiecutter-solver 0.1.0"
+    assert git("log", "--format=%s", cwd=project) == f"Start from cookiecutter-solver {__version__}"
     assert git("status", "--porcelain", cwd=project) == ""
 
 
