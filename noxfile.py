@@ -151,13 +151,16 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lowest(session: nox.Session) -> None:
-    """Test a rendered project with the oldest packages that it allows; arguments override them."""
+    """Test a rendered project with the oldest packages that it allows; arguments override them.
+
+    The oldest of some have no wheels for a Python newer than 3.11.
+    """
     install(session, "cookiecutter", "uv")
     with tempfile.TemporaryDirectory() as folder:
         project = render(session, Path(folder))
         oldest, overrides = Path(folder, "oldest.txt"), Path(folder, "overrides.txt")
         overrides.write_text("\n".join(session.posargs))
-        resolve = ("uv", "pip", "compile", "-q", "--resolution", "lowest-direct", "--extra", "dev")
+        resolve = ("uv", "pip", "compile", "-q", "--resolution", "lowest-direct", "--all-extras")
         with session.chdir(project):
             session.run(
                 *resolve, "pyproject.toml", "--overrides", str(overrides), "-o", str(oldest)

@@ -1,4 +1,4 @@
-"""How the tools and a resume cope with many runs and rows: `python -m bench.many`."""
+"""How long tools and a resume take with many runs and rows: `python -m bench.many`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def explorer(launcher):
 def line(stage: str, epoch: int, loss: float, step: int | None = None) -> str:
     """A row of `metrics.jsonl`."""
     row = {"stage": stage, "epoch": epoch, "metrics": {"loss": loss, "acc": 1 - loss}}
-    return json.dumps(row | ({"step": step} if step else {})) + "\n"
+    return json.dumps(row | ({} if step is None else {"step": step})) + "\n"
 
 
 def make_run(folder: Path, number: int, epochs: int) -> None:

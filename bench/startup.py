@@ -148,10 +148,14 @@ def stopped_run(project: Path, folder: Path) -> Path:
         [sys.executable, *RUN], cwd=project, env=env, stderr=subprocess.PIPE, text=True
     )
     assert run.stderr is not None
-    next(line for line in run.stderr if "Train | Epoch 2 | 5/" in line)
+    last = ""
+    for last in run.stderr:
+        if "Train | Epoch 2 | 5/" in last:
+            break
     run.terminate()
     run.communicate()
-    assert run.returncode == 130, run.returncode
+    if run.returncode != 130:
+        raise RuntimeError(f"the run was not stopped: {last.strip()}")
     return folder
 
 

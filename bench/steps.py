@@ -44,11 +44,12 @@ def section(title: str, task: Callable[[], Task], rounds: int, target: float | N
         f"A tiny MLP on batches of {BATCH} that are at hand; the metrics are averaged over the "
         f"epoch, and shown every {LINE} steps. Mean {kind} time over "
         f"{LINE} steps, {rounds} rounds (a fourth for Lightning). Between steps: from the "
-        "return of `optim.step()` to the next batch, above the bare loop."
+        "return of `optim.step()` to the next forward pass, above the bare loop."
     )
     targets = {OURS: target} if target is not None else {}
     rows = compare(times, failed, "bare loop", 1e6, targets=targets)
-    spent = {name: 1e6 * statistics.median(taken or [0.0]) for name, taken in between.items()}
+    # Without the round that warms up.
+    spent = {name: 1e6 * statistics.median(taken[1:] or [0.0]) for name, taken in between.items()}
     for row in rows:
         if spent[row.way] and row.way != "bare loop":
             row.note = f"{spent[row.way] - spent['bare loop']:.1f} us between steps"

@@ -31,8 +31,8 @@ class Clock(Dataset[Batch]):
         self.at: dict[int, Callable[[], Any]] = {}
         self.device = device
         self.seconds = 0.0  # per step
-        self.between = 0.0  # of them between two calls of `Task.step`, on average
-        self.ended = 0.0  # the last of these calls
+        self.between = 0.0  # of them between two calls of `Task.step`
+        self.ended = 0.0  # the last of these calls, while they are timed
 
     def __len__(self) -> int:
         return 2 * LINE
@@ -106,11 +106,12 @@ class Task:
     def step(self, batch: Batch, optim: torch.optim.Optimizer) -> Metrics:
         """A step of training by hand."""
         if self.data.ended:
-            self.data.between += time.perf_counter() - self.data.ended
+            self.data.between += time.process_time() - self.data.ended
         with self.autocast():
             metrics = self.forward(self.model, batch)
         optim.zero_grad()
         metrics["loss"].backward()
         optim.step()
-        self.data.ended = time.perf_counter() if not self.data.seconds else 0.0
+        if not self.data.seconds and self.device.type == "cpu":
+            self.data.ended = time.process_time()
         return metrics

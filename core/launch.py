@@ -87,7 +87,7 @@ def hydra_main(
         config_path: folder of the config files, relative to the decorated function's file.
         config_name: name of the main config file, without `.yaml`.
         schema: dataclass with the config's keys and types.
-        version_base: compatibility level of Hydra 1.3; newer ones have none.
+        version_base: compatibility level of Hydra 1.3; not passed to newer ones, which warn of it.
 
     Returns:
         The object that Dora's commands work on: call it to run; `.get_xp(argv)` and

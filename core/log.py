@@ -185,7 +185,8 @@ class LogProgressBar(Generic[T]):
     def _iterate(self) -> Iterator[T]:
         done, logged, waited = self.done, self.done, 0.0
         every, total = self._every, self.total or sys.maxsize
-        due = min(done - done % every + every, total)
+        due = min(done - done % every + every, total)  # the next multiple, or the end
+        self._will_log = False
         live = self._live_bar()
         asked = last = time.perf_counter()
         try:

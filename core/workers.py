@@ -130,10 +130,13 @@ class _SeededBatches:
 
 def _forks(context: Any) -> bool:
     """Return whether workers would be forked, not spawned, and can wait for a signal."""
-    method = context or multiprocessing.get_start_method(allow_none=True)
-    # Since Python 3.14, Linux has a server to fork; its workers end at a SIGTERM, and start slowly.
-    default = "fork" if sys.platform == "linux" else multiprocessing.get_all_start_methods()[0]
-    return (method or default) == "fork" and hasattr(signal, "sigwaitinfo")
+    default = multiprocessing.get_all_start_methods()[0]
+    method = context or multiprocessing.get_start_method(allow_none=True) or default
+    # Since Python 3.14, the default on Linux is a server that forks: its workers start slowly, and
+    # end at a SIGTERM.
+    if context is None and sys.platform == "linux" and method == default:
+        method = "fork"
+    return bool(method == "fork") and hasattr(signal, "sigwaitinfo")
 
 
 def _fork_context() -> multiprocessing.context.BaseContext:
@@ -156,10 +159,14 @@ def _fork_context() -> multiprocessing.context.BaseContext:
 def _end_without_parent() -> None:
     """End a worker whose parent was killed before PyTorch's first look at the parent."""
     parent, worker = multiprocessing.parent_process(), multiprocessing.current_process()
-    if parent is not None:
-        of_server = type(worker).__name__ == "ForkServerProcess"  # no child of its parent
-        if not parent.is_alive() if of_server else parent.pid != os.getppid():
-            os._exit(1)
+    if parent is None:
+        return
+    # A server's worker is no child of the run. Else the id is surer: while other workers live, a
+    # dead parent may seem alive.
+    method = getattr(worker, "_start_method", None) or multiprocessing.get_start_method()
+    gone = not parent.is_alive() if method == "forkserver" else parent.pid != os.getppid()
+    if gone:
+        os._exit(1)
 
 
 def _leave_signals_to_the_run() -> None:

@@ -209,7 +209,8 @@ def test_the_core_has_as_many_lines_as_the_readme_says() -> None:
 
 # What the README's comparison says in its own words, and how a cell of the bench begins.
 SAID = {"fails to load": "fails: ", "other weights": "resumes, with other weights"}
-SAID |= {"unnoticed, if patched to load": "", "noticed; the previous one is used": "noticed; "}
+SAID |= {"unnoticed, if patched to load": "unnoticed"}
+SAID |= {"noticed; the previous one is used": "noticed; the checkpoint before is used"}
 
 
 def rows(text: str, heading: str) -> list[list[str]]:
@@ -237,8 +238,12 @@ def test_the_comparison_is_what_the_bench_measured() -> None:
         assert abs(int(cell.replace(",", "")) - int(counted[name].replace(",", ""))) <= 100, name
     [(measured_on, versions)] = re.findall(r"measured .* on (.*?): ([^`]*?)\.\n\n", text, re.S)
     assert f"- {measured_on}, in " in results
-    for name, version in re.findall(r"([A-Z]?[a-z]+) (\d[\d.]*\d)", versions):
-        assert re.search(rf"\b(pytorch-|lightning-)?{name.lower()} {version}\b", results), name
+    of_peers = re.findall(r"(\w+)(?: and (\w+))? (\d[\d.]*\d)", versions)
+    found_in = {name: version for *pair, version in of_peers for name in pair if name}
+    assert {*found_in} == {*names[1:]}
+    for name, version in found_in.items():
+        package = {"ignite": "pytorch-ignite", "Fabric": "lightning-fabric"}.get(name, name.lower())
+        assert f", {package} {version}," in results
 
 
 def heading(line: str) -> str:

@@ -248,7 +248,7 @@ def test_what_is_built_holds_all_and_nothing_of_runs(home: Home) -> None:
 
 
 def test_each_release_is_published_as_a_sample(template: Path, tmp_path: Path) -> None:
-    """The workflow's own lines, with folders in place of GitHub's repos; `pip` finds all there."""
+    """The workflow's own lines, with folders for GitHub's repos; `pip` has nothing to install."""
     workflow = yaml.safe_load((ROOT / ".github/workflows/sample.yml").read_text())
     job = workflow["jobs"]["publish"]
     source, remote = tmp_path / "cookiecutter-solver", tmp_path / "remote.git"
@@ -276,6 +276,9 @@ def test_each_release_is_published_as_a_sample(template: Path, tmp_path: Path) -
     log = git("log", "--format=%s", "sample", folder=remote).splitlines()
     assert log == ["Render v0.2.0", "Render v0.1.0"]
     assert git("diff", "--stat", "sample^", "sample", "--", "README.md", folder=remote)
+    names = git("ls-tree", "-r", "--name-only", "sample", folder=remote).splitlines()
+    assert "my_research/solver.py" in names
+    assert not [name for name in names if name.startswith(".github/workflows")]
     record = json.loads(git("show", "sample:.template.json", folder=remote))
     assert record["template"] == str(source)
     subprocess.run(["zizmor", "--offline", "-q", ROOT / ".github"], env=env, check=True)

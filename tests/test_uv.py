@@ -64,10 +64,16 @@ def test_with_uv_alone(template: Path, tmp_path: Path) -> None:
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "add", "-A"], cwd=project, check=True)
     subprocess.run([*git, "commit", "-qm", "lock"], cwd=project, check=True)
-    subprocess.run([*git, "clone", "-q", project, tmp_path / "image"], check=True)
     recipe = (ROOT / "docs" / "elsewhere" / "Dockerfile").read_text()
-    for step in re.findall("^RUN uv (.*)", recipe, re.M):
-        uv(*step.split(), folder=tmp_path / "image")
+    packages, project_too = re.findall("^RUN uv (.*)", recipe, re.M)
+    [first] = re.findall("^COPY --chown=1000 (.*) \\./$", recipe, re.M)
+    (tmp_path / "image").mkdir()
+    for name in first.split():
+        shutil.copy(project / name, tmp_path / "image")
+    uv(*packages.split(), folder=tmp_path / "image")
+    archive = subprocess.check_output([*git, "archive", "HEAD"], cwd=project)
+    subprocess.run(["tar", "-x"], cwd=tmp_path / "image", input=archive, check=True)
+    uv(*project_too.split(), folder=tmp_path / "image")
     entry = json.loads(re.findall("^ENTRYPOINT (.*)", recipe, re.M)[0])
     command = tmp_path / "image" / ".venv" / "bin" / entry[0]
     subprocess.run(

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from ..run import XP
-from ..utils import flatten
+from ..utils import flatten, write_and_rename
 from .base import Tracker, to_bytes
 
 
 class Aim(Tracker):
     """Keeps results in the folder `.aim` beside the runs: `aim up --repo outputs/xps` shows them.
 
-    The file `aim` in the run's folder names its page, so a resumed run continues there; a repeated
-    step replaces the one before.
+    The file `aim` in the run's folder names its page, so a resumed run continues there. A repeated
+    step replaces the one before; points that are not repeated stay.
 
     Args:
         xp: the run.
@@ -44,28 +44,32 @@ class Aim(Tracker):
         if self._opened is None:
             self._opened = self._open()
         for name, value in values.items():
-            if not isinstance(value, str):
+            if not isinstance(value, str):  # a metric may be a text
                 self._opened.track(value, name, step, context={"stage": stage})
 
     def _open(self) -> Any:
         from aim.sdk.errors import MissingRunError
 
-        aim = import_module("aim")  # whose names mypy takes for private
+        aim = import_module("aim")  # mypy takes its names for private
         options = {"repo": self.xp.folder.resolve().parent, "experiment": self.project}
         options |= {"system_tracking_interval": None, "capture_terminal_logs": False}
         page = self.xp.folder / "aim"
-        try:  # a lock there is of a process that was killed: ours keeps other processes away
+        try:
             known = page.read_text() if page.exists() else None
+            # Only a killed process leaves a lock, as the run's own lock keeps others out.
             run = aim.Run(known, force_resume=known is not None, **options)
         except MissingRunError:  # somebody deleted it
             run = aim.Run(**options)
-        page.write_text(run.hash)
+        with write_and_rename(page, "w") as file:
+            file.write(run.hash)
         run.name = self.name
         run["config"] = self._params
         return run
 
     def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         self._params = flatten(params)
+        if self._opened is not None:
+            self._opened["config"] = self._params
 
     def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
         self._log(stage, metrics, step)

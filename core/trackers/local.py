@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from ..metrics import Metrics
 from .base import Tracker, to_bytes, write_wav
+
+BEGIN = re.compile(rb'{"stage": "[^"\\]*", "epoch": (\d+), ')  # of a row
 
 
 class LocalFiles(Tracker):
@@ -62,18 +65,22 @@ class LocalFiles(Tracker):
 
 
 def _cut(path: Path, epoch: int, done: Collection[str], steps: Mapping[str, int]) -> None:
-    """Drop the rows after the point of a resume, and a row torn by a kill."""
-    lines, kept = path.read_bytes().splitlines(keepends=True), []
-    while lines:
+    """Drop the rows after the point of a resume, and damaged rows."""
+
+    def stays(line: bytes) -> bool:
+        if (begin := BEGIN.match(line)) and int(begin[1]) < epoch and line.endswith(b"}\n"):
+            return True  # not parsed: there may be millions
         with suppress(ValueError, TypeError, LookupError):
-            row = json.loads(lines[-1]) if lines[-1].endswith(b"\n") else {}
+            row = json.loads(line) if line.endswith(b"\n") else {}
             stage, step = row["stage"], row.get("step")
-            if row["epoch"] < epoch:
-                break  # as are all lines above
             is_before = stage in done if step is None else step <= steps.get(stage, 0)
-            kept += lines[-1:] if is_before and row["epoch"] == epoch else []
-        lines.pop()
+            return bool(row["epoch"] <= (epoch if is_before else epoch - 1))
+        return False
+
+    lines = path.read_bytes().splitlines(keepends=True)
+    first = next((i for i, line in enumerate(lines) if not stays(line)), len(lines))
     with path.open("r+b") as file:
-        file.seek(sum(map(len, lines)))
-        file.writelines(reversed(kept))  # mostly what is there: a kill here loses nothing
+        file.seek(sum(map(len, lines[:first])))
+        # Rows move towards the beginning: a kill here may repeat some, and loses none.
+        file.writelines(line for line in lines[first:] if stays(line))
         file.truncate()

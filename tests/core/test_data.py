@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,35 @@ def test_workers_leave_a_request_to_stop_to_the_run(context: str) -> None:
     worker.terminate()  # as multiprocessing does once, and waits, if a process ends that iterates
     worker.join()
     assert worker.exitcode == (-signal.SIGTERM if context == "forkserver" else 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, no worker is forked by default")
+def test_workers_are_forked_though_python_would_start_a_server(tmp_path: Path) -> None:
+    code = """
+import multiprocessing
+from multiprocessing import context
+context._default_context._default_context = context._concrete_contexts["forkserver"]  # as in 3.14
+multiprocessing.get_all_start_methods = lambda: ["forkserver", "fork", "spawn"]
+from tqdm import tqdm
+from core.data import loader
+from core.tests.test_data import Numbers
+for _ in tqdm(range(2)):  # asks for the default method
+    made = loader(Numbers(6), 2, num_workers=1)
+    print(sum(int(batch.sum()) for batch in made), made.multiprocessing_context.get_start_method())
+"""
+    assert run(tmp_path, "-c", code, env=WITH_CORE).count("15 fork\n") == 2
+
+
+def test_workers_of_a_server_live(tmp_path: Path) -> None:
+    (tmp_path / "served.py").write_text("""
+import multiprocessing
+from core.data import loader
+from core.tests.test_data import Numbers
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver", force=True)
+    print(sum(int(batch.sum()) for batch in loader(Numbers(6), 2, num_workers=2)))
+""")
+    assert run(tmp_path, "-m", "served", env=WITH_CORE).endswith("15\n")
 
 
 def test_a_worker_that_is_asked_to_stop_as_it_starts_goes_on(tmp_path: Path) -> None:

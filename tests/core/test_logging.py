@@ -94,6 +94,17 @@ def test_progress_lines(total: int, updates: int, lines: int, said: list[str]) -
         assert ("ETA" in said[0]) == (lines > 1)
 
 
+def test_a_loop_that_broke_leaves_no_line_to_the_next(said: list[str]) -> None:
+    bar = LogProgressBar(LOGGER, range(100), updates=5, name="Train")
+    for i in bar:
+        if i == 19:  # a line is due
+            break
+    assert sum(bar.update(i=i) for i in bar) == 5
+    assert [line.split(" | ")[1] for line in said] == [
+        f"{n}/100" for n in (20, *range(20, 101, 20))
+    ]
+
+
 def test_the_last_line_is_not_lost(said: list[str]) -> None:
     bar = LogProgressBar(LOGGER, (i for i in range(10)), updates=1, total=10)
     for i in bar:
@@ -439,6 +450,26 @@ def log_all(tracker: Tracker, epochs: range) -> None:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resume_drops_what_comes_after_it(tmp_path: Path) -> None:
+    tracker = LocalFiles(FolderXP(tmp_path))
+    for epoch in (1, 2):
+        tracker.log_metrics("first", {"loss": 1}, epoch)
+        for step in range(3 * epoch - 2, 3 * epoch + 1):
+            tracker.log_step("train", {"loss": step}, step, epoch)
+        tracker.log_metrics("train", {"loss": 1}, epoch)
+    tracker.log_metrics("own", {"loss": 1}, 0)  # of no epoch
+    written = rows(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"half\n')
+    tracker.resume(2, ["first"], {"train": 5})
+    tracker.log_step("train", {"loss": 6}, 6, 2)
+    after = [n for n, row in enumerate(written) if row["epoch"] == 2 and row.get("step", 6) == 6]
+    repeated = written[after[1]]
+    assert repeated["step"] == 6
+    del written[after[1]], written[after[1]]  # the step, and the summary of its stage
+    assert rows(tmp_path) == [*written, {**repeated, "metrics": {"loss": 6}}]
 
 
 def test_local_files(tmp_path: Path) -> None:

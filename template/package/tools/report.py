@@ -130,9 +130,12 @@ def chart(runs: Sequence[Run], name: str, of: str) -> str:
         }
         lines.append(line)
     figure = {"data": lines, "layout": layout(name, of[:-1])}
-    options = {"full_html": False, "include_plotlyjs": False, "validate": False}
     shown = {"displayModeBar": False, "responsive": True}
-    return str(plotly.io.to_html(figure, config=shown, **options))
+    return str(
+        plotly.io.to_html(
+            figure, config=shown, full_html=False, include_plotlyjs=False, validate=False
+        )
+    )
 
 
 def layout(name: str, unit: str) -> dict[str, Any]:
