@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Collection, Mapping
-from contextlib import suppress
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from ..metrics import Metrics
 from .base import Tracker, to_bytes, write_wav
+
+logger = logging.getLogger(__name__)
 
 BEGIN = re.compile(rb'{"stage": "[^"\\]*", "epoch": (\d+), ')  # of a row
 
@@ -70,17 +73,20 @@ def _cut(path: Path, epoch: int, done: Collection[str], steps: Mapping[str, int]
     def stays(line: bytes) -> bool:
         if (begin := BEGIN.match(line)) and int(begin[1]) < epoch and line.endswith(b"}\n"):
             return True  # not parsed: there may be millions
-        with suppress(ValueError, TypeError, LookupError):
+        try:
             row = json.loads(line) if line.endswith(b"\n") else {}
             stage, step = row["stage"], row.get("step")
             is_before = stage in done if step is None else step <= steps.get(stage, 0)
             return bool(row["epoch"] <= (epoch if is_before else epoch - 1))
-        return False
+        except (ValueError, TypeError, LookupError):
+            logger.warning("%s: dropped a damaged line, such as one torn by a kill", path)
+            return False
 
     lines = path.read_bytes().splitlines(keepends=True)
-    first = next((i for i, line in enumerate(lines) if not stays(line)), len(lines))
+    stay = [stays(line) for line in lines]
+    first = stay.index(False) if False in stay else len(lines)
     with path.open("r+b") as file:
         file.seek(sum(map(len, lines[:first])))
         # Rows move towards the beginning: a kill here may repeat some, and loses none.
-        file.writelines(line for line in lines[first:] if stays(line))
+        file.writelines(compress(lines[first:], stay[first:]))
         file.truncate()
