@@ -184,9 +184,7 @@ class LogProgressBar(Generic[T]):
 
     def _iterate(self) -> Iterator[T]:
         done, logged, waited = self.done, self.done, 0.0
-        every, total = self._every, self.total or sys.maxsize
-        due = min(done - done % every + every, total)  # the next multiple, or the end
-        self._will_log = False
+        every, total, shown = self._every, self.total, self.updates > 0
         live = self._live_bar()
         asked = last = time.perf_counter()
         try:
@@ -194,13 +192,12 @@ class LogProgressBar(Generic[T]):
                 given = time.perf_counter()
                 waited += given - asked
                 done += 1
-                if done >= due:
-                    due = done + every if done >= total else min(done + every, total)
-                    self._will_log = self.updates > 0 and (bool(self.total) or given - last >= 10)
+                due = done % every == 0 and (total is not None or given - last >= 10)
+                self._will_log = shown and (due or done == total)
                 yield item
                 if self._will_log:
                     last = self._log(done, done - logged, last, waited)
-                    logged, waited, self._will_log = done, 0.0, False
+                    logged, waited = done, 0.0
                 if live is not None and live.update():  # now and then it shows itself
                     live.set_postfix_str(self._line(), refresh=False)
                 asked = time.perf_counter()

@@ -39,8 +39,7 @@ class Averages(Mapping[str, float]):
 
     def __call__(self, metrics: Metrics, weight: Any = 1.0) -> Averages:
         """Add the metrics of a step: numbers, or tensors of one element."""
-        step = {name: number(name, value) for name, value in metrics.items()}
-        step[WEIGHT] = number(WEIGHT, weight)
+        step = {name: number(name, value) for name, value in {**metrics, WEIGHT: weight}.items()}
         self._steps.append(step)
         if len(self._steps) >= MOST_STEPS:
             self.sums()

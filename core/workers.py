@@ -131,12 +131,12 @@ class _SeededBatches:
 def _forks(context: Any) -> bool:
     """Return whether workers would be forked, not spawned, and can wait for a signal."""
     default = multiprocessing.get_all_start_methods()[0]
-    method = context or multiprocessing.get_start_method(allow_none=True) or default
+    method: str = context or multiprocessing.get_start_method(allow_none=True) or default
     # Since Python 3.14, the default on Linux is a server that forks: its workers start slowly, and
     # end at a SIGTERM.
     if context is None and sys.platform == "linux" and method == default:
         method = "fork"
-    return bool(method == "fork") and hasattr(signal, "sigwaitinfo")
+    return method == "fork" and hasattr(signal, "sigwaitinfo")
 
 
 def _fork_context() -> multiprocessing.context.BaseContext:

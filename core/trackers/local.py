@@ -6,18 +6,18 @@ import json
 import logging
 import re
 from collections.abc import Collection, Mapping
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..metrics import Metrics
+from ..utils import write_and_rename
 from .base import Tracker, to_bytes, write_wav
 
 logger = logging.getLogger(__name__)
 
-BEGIN = re.compile(rb'{"stage": "[^"\\]*", "epoch": (\d+), ')  # of a row
+WHOLE = re.compile(rb'{"stage": "[^"\\]*", "epoch": (\d+), .*}\n')  # a row, by its ends
 
 
 class LocalFiles(Tracker):
@@ -68,25 +68,21 @@ class LocalFiles(Tracker):
 
 
 def _cut(path: Path, epoch: int, done: Collection[str], steps: Mapping[str, int]) -> None:
-    """Drop the rows after the point of a resume, and damaged rows."""
-
-    def stays(line: bytes) -> bool:
-        if (begin := BEGIN.match(line)) and int(begin[1]) < epoch and line.endswith(b"}\n"):
-            return True  # not parsed: there may be millions
+    """Drop damaged rows, and rows after the point of a resume."""
+    lines, kept, damaged = path.read_bytes().splitlines(keepends=True), [], 0
+    for line in lines:
         try:
-            row = json.loads(line) if line.endswith(b"\n") else {}
-            stage, step = row["stage"], row.get("step")
-            is_before = stage in done if step is None else step <= steps.get(stage, 0)
-            return bool(row["epoch"] <= (epoch if is_before else epoch - 1))
+            if not ((begin := WHOLE.match(line)) and int(begin[1]) < epoch):  # else not parsed
+                row = json.loads(line) if line.endswith(b"\n") else {}
+                stage, step = row["stage"], row.get("step")
+                is_before = stage in done if step is None else step <= steps.get(stage, 0)
+                if row["epoch"] > (epoch if is_before else epoch - 1):
+                    continue
+            kept.append(line)
         except (ValueError, TypeError, LookupError):
-            logger.warning("%s: dropped a damaged line, such as one torn by a kill", path)
-            return False
-
-    lines = path.read_bytes().splitlines(keepends=True)
-    stay = [stays(line) for line in lines]
-    first = stay.index(False) if False in stay else len(lines)
-    with path.open("r+b") as file:
-        file.seek(sum(map(len, lines[:first])))
-        # Rows move towards the beginning: a kill here may repeat some, and loses none.
-        file.writelines(compress(lines[first:], stay[first:]))
-        file.truncate()
+            damaged += 1
+    if len(kept) < len(lines):
+        with write_and_rename(path) as file:
+            file.writelines(kept)
+    if damaged:
+        logger.warning("%s: dropped %d damaged lines, such as one torn by a kill", path, damaged)

@@ -257,7 +257,7 @@ def test_weights_of_a_version_wait_for_the_write(
 def test_what_is_no_metric_is_named(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"'train'.* float"):
         Solver(tmp_path).run_stage("train", lambda: 1.0)
-    with pytest.raises(AttributeError, match="None"):
+    with pytest.raises(TypeError, match="None"):
         averager()(None)  # type: ignore[arg-type]
 
 
