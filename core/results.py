@@ -163,9 +163,8 @@ class ResultLogger:
         return f" {self.delimiter} ".join([title, *place, *items])
 
     def _send(self, method: str, *args: Any) -> None:
-        for tracker in () if self.paused else self.trackers:
-            if method in MEDIA and not tracker.with_media_logging:
-                continue
+        takers = (t for t in self.trackers if t.with_media_logging or method not in MEDIA)
+        for tracker in () if self.paused else takers:
             try:
                 getattr(tracker, method)(*args)
             except Exception as error:

@@ -141,9 +141,7 @@ class Requests:
                 since = heard.setdefault((other, beat), time.monotonic())
                 if time.monotonic() - since > SILENCE:
                     distrib.this_process.broken = True
-                    raise UserError(
-                        f"no word from rank {other}, which has ended or hangs: see its log"
-                    )
+                    raise UserError(f"no word from rank {other}, which ended or hangs: see its log")
             time.sleep(0.005)
         with self._lock:
             if self._open[0] == number:  # else a new proposal is there

@@ -197,8 +197,6 @@ def differences(call: str) -> RuntimeError:
     if silent:
         return UserError(
             f"{'; '.join(parts)}; no word from rank {', '.join(map(str, sorted(silent)))}, "
-            "which has ended or hangs: see its log"
+            "which ended or hangs: see its log"
         )
-    return RuntimeError(
-        f"ranks disagree: {'; '.join(parts)}. All ranks must call the same collectives"
-    )
+    return RuntimeError(f"ranks disagree: {'; '.join(parts)}. All must call the same collectives")

@@ -48,9 +48,7 @@ def init(backend: str | None = None, timeout: float = 1800.0) -> None:
     if found != "cpu":
         if backend in (None, "nccl"):  # objects travel between CPUs, and never wait for a device
             if (name := dist.Backend.default_device_backend_map.get(found)) is None:
-                raise UserError(
-                    f"{found}: PyTorch knows no backend, pass distrib.init(backend=...)"
-                )
+                raise UserError(f"{found}: PyTorch knows no backend, pass init(backend=...)")
             backend = f"cpu:gloo,{found}:{name}"
     elif "OMP_NUM_THREADS" not in os.environ:
         # Processes that each take all cores slow one another down manyfold.
@@ -97,13 +95,11 @@ def _meet(meeting: Future[None], where: str, backend: str, timeout: timedelta) -
     # that ours, it would outlive `leave`, and its threads might crash the end of Python.
     importlib.import_module("torch.distributed.nn.functional")
     try:
-        store, number, count = next(rendezvous(where, rank(), world_size(), timeout=timeout))
+        store, number, size = next(rendezvous(where, rank(), world_size(), timeout=timeout))
         store.set_timeout(timeout)
         # After a restart by torchrun, its store still holds the notes of the failed processes.
         store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(
-            backend, timeout=timeout, world_size=count, rank=number, store=store
-        )
+        dist.init_process_group(backend, timeout=timeout, world_size=size, rank=number, store=store)
         meeting.set_result(None)
     except BaseException as error:
         meeting.set_exception(error)

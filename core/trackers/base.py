@@ -67,9 +67,7 @@ def check_names(*names: Any) -> Iterator[str]:
     """Yield the stage and key of media; ValueError for a path, as files are named after both."""
     for name in map(str, names):
         if name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
-            raise ValueError(
-                f"media: {name!r} is a path, not a name: a key or stage has no / or \\"
-            )
+            raise ValueError(f"media: {name!r} is a path: a key or stage has no / or \\")
         yield name
 
 
