@@ -289,15 +289,15 @@ class Logs:
                 formatter = self.get_formatter(stage)
                 self.result_logger._log_summary(stage, metrics, epoch, formatter=formatter)
 
-    def _log_start(self) -> None:
+    def _log_start(self, resumes: bool) -> None:
         """Log and record the start, the config, and how to resume."""
         record_start(self.xp)
         self._started_in = self.epoch
         if distrib.is_rank_zero():
             record_config(self.xp)
         self.log_hyperparams(self.xp.cfg)
-        verb = "resumes" if self.history or self._pending_metrics else "starts"
-        if verb == "starts":
+        verb = "resumes" if resumes else "starts"
+        if not resumes:
             tree = json.dumps(to_plain(self.xp.cfg, "the config"), indent=1)
             self.logger.info("Config of run %s:\n%s", self.xp.sig, tree)
         self.logger.info(f"Run {self.xp.sig} {verb} in epoch {self.epoch}: {self.xp.folder}")

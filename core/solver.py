@@ -92,14 +92,14 @@ class BaseSolver(Logs):
         if self.__read_only:
             raise UserError(f"run {self.xp.sig} was restored with read_only=True: no training")
         with locked(self.xp):
-            if self.restore() is False and self.__trained:
+            if (found := self.restore()) is False and self.__trained:
                 raise UserError("nothing was saved, and this solver has trained: make a new one")
             self.__trained = True
             self.__requests = Requests(self.__policy.minutes, self.__writer.is_busy)
             try:
                 # Within a stage of another run, that run takes the requests to stop.
                 with nullcontext() if position.get().stage else self.__requests.listening():
-                    self._log_start()
+                    self._log_start(found is not False)
                     yield
                     self.__wait()
                     self._log_end(self.__policy)

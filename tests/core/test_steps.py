@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -337,13 +338,23 @@ def test_a_stage_that_is_not_called_again_is_forgotten(tmp_path: Path) -> None:
     ]
 
 
-def test_a_stopped_solver_runs_again_in_the_same_process(tmp_path: Path) -> None:
+def test_a_stopped_solver_runs_again_in_the_same_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As in a notebook, where a cell was interrupted."""
     solver_of(tmp_path / "whole").run()
+    caplog.set_level("INFO")
     solver = solver_of(tmp_path / "stopped")
     for at in [(1, "train", 3), (2, "valid", 10)]:  # the latter is met by the commit
         run_until(solver, at)
     solver.run()
+    said = [re.sub(f": {tmp_path}.*", "", line) for line in caplog.messages]
+    starts = [line for line in said if line.startswith("Run stopped ")]
+    assert starts[:3] == [
+        "Run stopped starts in epoch 1",
+        "Run stopped resumes in epoch 1",
+        "Run stopped resumes in epoch 3",
+    ]
     trained = [at for at in solver.seen if at[1] == "train"]
     assert trained == [(epoch, "train", step) for epoch in (1, 2, 3) for step in range(11)]
     assert_same(tmp_path / "whole", tmp_path / "stopped")
