@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from copy import copy
 from typing import Any, cast
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -31,8 +32,7 @@ def options(seed: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     if kwargs.get("num_workers"):
         if "sampler" in kwargs:
             kwargs["sampler"].index = Index
-        if _forks(kwargs.get("multiprocessing_context")):
-            kwargs["multiprocessing_context"] = _fork_context()
+        kwargs["multiprocessing_context"] = _context(kwargs.get("multiprocessing_context"))
     return kwargs
 
 
@@ -128,32 +128,44 @@ class _SeededBatches:
         return [self.dataset[index] for index in indices]
 
 
-def _forks(context: Any) -> bool:
-    """Return whether workers would be forked, not spawned, and can wait for a signal."""
+class _Blocking:
+    """A process that starts with requests to stop blocked, and all its threads with it."""
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            super().start()  # type: ignore[misc]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_ForkProcess: Any = getattr(multiprocessing.context, "ForkProcess", object)  # absent on Windows
+
+
+class ForkedWorker(_Blocking, _ForkProcess):  # type: ignore[misc]
+    """A worker that is forked."""
+
+
+class SpawnedWorker(_Blocking, multiprocessing.context.SpawnProcess):
+    """A worker in a new Python."""
+
+
+def _context(given: Any) -> Any:
+    """Return a context whose workers start with requests to stop blocked, where that is possible.
+
+    A server that forks may be at work for others as well, so its workers are left alone.
+    """
     default = multiprocessing.get_all_start_methods()[0]
-    method: str = context or multiprocessing.get_start_method(allow_none=True) or default
-    # Since Python 3.14, the default on Linux is a server that forks: its workers start slowly, and
-    # end at a SIGTERM.
-    if context is None and sys.platform == "linux" and method == default:
+    method = given or multiprocessing.get_start_method(allow_none=True) or default
+    # Since Python 3.14, the default on Linux is such a server, whose workers start slowly.
+    if given is None and sys.platform == "linux" and method == default:
         method = "fork"
-    return method == "fork" and hasattr(signal, "sigwaitinfo")
-
-
-def _fork_context() -> multiprocessing.context.BaseContext:
-    """Return a context for forking workers with requests to stop blocked."""
-
-    class Worker(multiprocessing.context.ForkProcess):
-        def start(self) -> None:
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-            try:
-                super().start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    class Context(multiprocessing.context.ForkContext):
-        Process = Worker
-
-    return Context()
+    kind = {"fork": ForkedWorker, "spawn": SpawnedWorker}.get(str(method))
+    if kind is None or not hasattr(signal, "sigwaitinfo"):
+        return given
+    context: Any = copy(multiprocessing.get_context(method))
+    context.Process = kind
+    return context
 
 
 def _end_without_parent() -> None:
@@ -172,8 +184,8 @@ def _end_without_parent() -> None:
 def _leave_signals_to_the_run() -> None:
     """Make a worker outlive a request to stop: until the run has stopped, it needs its data.
 
-    Slurm, a sweep and others ask all processes of a run; only its own parent ends a worker. A
-    spawned worker may have threads that take signals: it leaves SIGTERM to PyTorch, and ends.
+    Slurm, a sweep and others ask all processes of a run; only its own parent ends a worker. Where
+    signals are not blocked, SIGTERM is left to PyTorch, and ends the worker.
     """
     if not hasattr(signal, "sigwaitinfo") or not {*SIGNALS} <= signal.pthread_sigmask(
         signal.SIG_BLOCK, ()
