@@ -16,7 +16,7 @@ TARGET = 2000.0
 # Files of the core that can be deleted, and the one that knows Dora and Hydra.
 OPTIONAL = {"adversarial.py", "ema.py", "hints.py", "launch.py", "tensorboard.py", "wandb.py"}
 OPTIONAL |= {"provenance.py", "replicas.py", "sharded.py", "streams.py", "watch.py"}
-OPTIONAL |= {"workers.py", "trackio.py", "mlflow.py", "aim.py"}
+OPTIONAL |= {"workers.py", "trackio.py", "mlflow.py", "aim.py", "service.py"}
 PEERS = {
     "Flashy": "flashy",
     "ignite": "ignite",

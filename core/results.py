@@ -171,6 +171,8 @@ class ResultLogger:
                 if tracker not in self._failed:
                     self._failed.add(tracker)
                     note = f"{type(tracker).__name__} failed; the run continues. Said once: {error}"
+                    if (package := getattr(error, "name", "")) in TRACKERS:
+                        note += f": pip install {package}"
                     # An ImportError says all in its message.
                     self.logger.error(note, exc_info=not isinstance(error, ImportError))
 
@@ -320,6 +322,7 @@ class Logs:
             end |= {"best_epoch": epoch, f"best.{name}": flatten(self.history[epoch - 1])[name]}
         for stages in self.history:
             end |= flatten(stages)  # the latest of each stage
+        self.result_logger._send("finish")
         if distrib.is_rank_zero():
             with suppress(OSError, ValueError):  # stdout may be closed
                 print("---", *(f"{k}: {v}" for k, v in end.items()), sep="\n", flush=True)

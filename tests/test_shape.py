@@ -16,7 +16,7 @@ CORE = ROOT / "core"
 LIMIT = 2914  # code lines without `launch.py` and the optional files
 OPTIONAL = ["workers", "ema", "adversarial", "hints", "provenance", "replicas"]
 OPTIONAL += ["sharded", "streams", "distrib/watch", "trackers/tensorboard", "trackers/wandb"]
-OPTIONAL += ["trackers/trackio", "trackers/mlflow", "trackers/aim"]
+OPTIONAL += ["trackers/trackio", "trackers/mlflow", "trackers/aim", "trackers/service"]
 READING_PATH = ["solver", "steps", "checkpoint", "state", "data", "metrics", "log", "run"]
 # From the ground up: a file imports from those before, a folder is entered by its `__init__`.
 FLOORS = [

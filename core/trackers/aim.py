@@ -8,44 +8,17 @@ from typing import Any
 
 import torch
 
-from ..run import XP
-from ..utils import flatten, write_and_rename
-from .base import Tracker, to_bytes
+from ..utils import write_and_rename
+from .base import to_bytes
+from .service import Service
 
 
-class Aim(Tracker):
+class Aim(Service):
     """Keeps results in the folder `.aim` beside the runs: `aim up --repo outputs/xps` shows them.
 
     The file `aim` in the run's folder names its page, so a resumed run continues there. A repeated
     step replaces the one before; points that are not repeated stay.
-
-    Args:
-        xp: the run.
-        with_media_logging: keep media as well.
-        project: name of the experiment; `runs` by default.
-        name: of the run; the signature by default.
-        options: ignored.
     """
-
-    def __init__(
-        self,
-        xp: XP,
-        with_media_logging: bool = True,
-        project: str | None = None,
-        name: str | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(xp, with_media_logging)
-        self.project, self.name = project or "runs", name or xp.sig
-        self._params: dict[str, Any] = {}
-        self._opened: Any = None
-
-    def _log(self, stage: str, values: Mapping[str, Any], step: int) -> None:
-        if self._opened is None:
-            self._opened = self._open()
-        for name, value in values.items():
-            if not isinstance(value, str):  # a metric may be a text
-                self._opened.track(value, name, step, context={"stage": stage})
 
     def _open(self) -> Any:
         from aim.sdk.errors import MissingRunError
@@ -62,20 +35,16 @@ class Aim(Tracker):
             run = aim.Run(**options)
         with write_and_rename(page, "w") as file:
             file.write(run.hash)
-        run.name = self.name
-        run["config"] = self._params
+        run.name, run["config"] = self.name, self.params
         return run
 
-    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        self._params = flatten(params)
-        if self._opened is not None:
-            self._opened["config"] = self._params
+    def _close(self) -> None:
+        self._run.close()
 
-    def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        self._log(stage, metrics, step)
-
-    def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
-        self._log(f"{stage}_steps", metrics, step)
+    def _log(self, stage: str, values: Mapping[str, Any], step: int) -> None:
+        for name, value in values.items():
+            if not isinstance(value, str):  # a metric may be a text
+                self._run.track(value, name, step, context={"stage": stage})
 
     def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
         self._log(stage, {key: import_module("aim").Image(to_bytes(image))}, step)

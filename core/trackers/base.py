@@ -62,6 +62,9 @@ class Tracker:
     def log_text(self, stage: str, key: str, text: str, step: int) -> None:
         """Log a text."""
 
+    def finish(self) -> None:
+        """Note that the run is complete."""
+
 
 def check_names(*names: Any) -> Iterator[str]:
     """Yield the stage and key of media; ValueError for a path, as files are named after both."""

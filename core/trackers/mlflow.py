@@ -11,75 +11,49 @@ from typing import Any
 
 import torch
 
-from ..run import XP
-from ..utils import flatten
-from .base import Tracker, to_bytes, write_wav
+from .base import to_bytes, write_wav
+from .service import Service
 
 
-class MLflow(Tracker):
+class MLflow(Service):
     """Sends results to the server of `MLFLOW_TRACKING_URI`, or to `mlflow.db` beside the runs.
 
-    A resumed run is found by its signature, and continues; repeated steps come twice.
-
-    Args:
-        xp: the run.
-        with_media_logging: keep media as well.
-        project: name of the experiment; `runs` by default.
-        name: of the run; the signature by default.
-        options: ignored.
+    A resumed run is found by its signature, and continues; repeated steps come twice. A run is
+    RUNNING until it is complete.
     """
 
-    def __init__(
-        self,
-        xp: XP,
-        with_media_logging: bool = True,
-        project: str | None = None,
-        name: str | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(xp, with_media_logging)
-        self.project, self.name = project or "runs", name or xp.sig
-        self._params: dict[str, Any] = {}
-        self._opened: tuple[Any, str] | None = None
+    def _open(self) -> tuple[Any, str]:
+        """Return a client, and the id of the run."""
+        from mlflow import MlflowClient
 
-    @property
-    def _run(self) -> tuple[Any, str]:
-        """A client, and the id of the run, which is made by the first value."""
-        if self._opened is None:
-            from mlflow import MlflowClient
+        runs = self.xp.folder.resolve().parent
+        client: Any = MlflowClient(
+            os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}"
+        )
+        place = None if "MLFLOW_TRACKING_URI" in os.environ else (runs / "mlflow").as_uri()
+        known = client.get_experiment_by_name(self.project)
+        where = known.experiment_id if known else client.create_experiment(self.project, place)
+        if found := client.search_runs([where], f"tags.sig = '{self.xp.sig}'"):
+            run = found[0].info.run_id
+            client.update_run(run, "RUNNING")
+            return client, run
+        made = client.create_run(where, tags={"sig": self.xp.sig}, run_name=self.name)
+        for name, value in self.params.items():
+            client.log_param(made.info.run_id, name, value)
+        return client, made.info.run_id
 
-            runs = self.xp.folder.resolve().parent
-            client: Any = MlflowClient(
-                os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}"
-            )
-            place = None if "MLFLOW_TRACKING_URI" in os.environ else (runs / "mlflow").as_uri()
-            known = client.get_experiment_by_name(self.project)
-            where = known.experiment_id if known else client.create_experiment(self.project, place)
-            found = client.search_runs([where], f"tags.sig = '{self.xp.sig}'")
-            tags = {"sig": self.xp.sig}
-            run = found[0] if found else client.create_run(where, tags=tags, run_name=self.name)
-            self._opened = client, run.info.run_id
-            for name, value in () if found else self._params.items():
-                client.log_param(run.info.run_id, name, value)
-        return self._opened
+    def _close(self) -> None:
+        client, run = self._run
+        client.set_terminated(run)
 
-    def _log(self, group: str, metrics: Mapping[str, Any], step: int) -> None:
+    def _log(self, stage: str, values: Mapping[str, Any], step: int) -> None:
         from mlflow.entities import Metric
 
         client, run = self._run
         now = int(1000 * time.time())
-        numbers = {n: v for n, v in metrics.items() if isinstance(v, (int, float))}
-        values = [Metric(f"{group}/{n}", float(v), now, step) for n, v in numbers.items()]
-        client.log_batch(run, values)
-
-    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        self._params = flatten(params)
-
-    def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        self._log(stage, metrics, step)
-
-    def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
-        self._log(f"{stage}_steps", metrics, step)
+        numbers = {n: v for n, v in values.items() if isinstance(v, (int, float))}
+        metrics = [Metric(f"{stage}/{n}", float(v), now, step) for n, v in numbers.items()]
+        client.log_batch(run, metrics)
 
     def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
         client, run = self._run

@@ -2,58 +2,37 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
+from importlib import import_module
 from typing import Any
 
 import torch
 
-from ..run import XP
-from ..utils import flatten
-from .base import Tracker, to_bytes
+from .base import to_bytes
+from .service import Service
 
 
-class Trackio(Tracker):
+class Trackio(Service):
     """Keeps results in Trackio's store here, for `trackio show`, or sends them to a Space.
 
-    The run's name is its signature, so a resumed run continues; repeated steps come twice.
-
-    Args:
-        xp: the run.
-        with_media_logging: keep media as well.
-        project: of Trackio; `runs` by default.
-        options: of `trackio.init`, such as `group` and `name`; others are ignored.
+    The store is the folder `TRACKIO_DIR`. The run's name is its signature, so a resumed run
+    continues; repeated steps come twice. Options are `group`, `space_id` and `server_url`.
     """
 
-    def __init__(
-        self,
-        xp: XP,
-        with_media_logging: bool = True,
-        project: str | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(xp, with_media_logging)
-        known = ("group", "name", "space_id", "server_url")
-        self._options = {n: v for n, v in options.items() if n in known and v is not None}
-        self._options = {"project": project or "runs", "name": xp.sig} | self._options
-        self._params: dict[str, Any] = {}
-        self._opened: Any = None
+    def _open(self) -> Any:
+        options = {n: self.options.get(n) for n in ("group", "space_id", "server_url")}
+        options |= {"name": self.name, "config": self.params, "embed": False}
+        with redirect_stdout(sys.stderr):
+            return import_module("trackio").init(self.project, resume="allow", **options)
+
+    def _close(self) -> None:
+        with redirect_stdout(sys.stderr):
+            import_module("trackio").finish()
 
     def _log(self, stage: str, values: Mapping[str, Any], step: int) -> None:
-        import trackio
-
-        if self._opened is None:
-            options = self._options | {"config": self._params, "embed": False}
-            self._opened = trackio.init(resume="allow", **options)
-        self._opened.log({f"{stage}/{name}": value for name, value in values.items()}, step=step)
-
-    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        self._params = flatten(params)
-
-    def log_metrics(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        self._log(stage, metrics, step)
-
-    def log_step(self, stage: str, metrics: Mapping[str, Any], step: int, epoch: int) -> None:
-        self._log(f"{stage}_steps", metrics, step)
+        self._run.log({f"{stage}/{name}": value for name, value in values.items()}, step=step)
 
     def log_image(self, stage: str, key: str, image: torch.Tensor, step: int) -> None:
         import trackio

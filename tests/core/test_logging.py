@@ -37,6 +37,7 @@ from core import (
 from core.run import FolderXP
 from core.trackers import LocalFiles, Tracker
 from core.trackers.tensorboard import TensorBoard
+from core.trackers.trackio import Trackio
 from core.trackers.wandb import WandB
 from core.utils import UserError, make_grid, readonly, write_and_rename
 
@@ -193,14 +194,17 @@ def test_a_users_slip_is_one_line_and_a_mistake_in_code_is_not(
 def test_a_tracker_that_is_not_installed_is_one_line(
     tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for name in ("torch.utils.tensorboard", "trackio"):
+        monkeypatch.setitem(sys.modules, name, None)
     results = ResultLogger(logging.getLogger("test"), xp=FolderXP(tmp_path))
     results.init_tensorboard()
+    results.add_tracker(Trackio(results.xp))
     for epoch in (1, 2):
         results.log_metrics("train", {"loss": 1.0}, epoch)
-    [line] = [line for line in said if "failed" in line]
-    assert "TensorBoard" in line
-    assert "torch.utils.tensorboard" in line
+    board, other = (line for line in said if "failed" in line)
+    assert "TensorBoard" in board
+    assert "torch.utils.tensorboard" in board
+    assert other.endswith("pip install trackio")
 
 
 def in_a_terminal(code: str, folder: Path) -> str:
@@ -591,14 +595,20 @@ from tests.core.test_logging import log_all
 for epochs in (range(1, 4), range(3, 5)):
     solver = BaseSolver(FolderXP(Path("runs", "abc")))
     solver.init_trackers(["{name}"], project="p", job_type="train", name=None)
-    log_all(solver.result_logger.trackers[-1], epochs)
+    tracker = solver.result_logger.trackers[-1]
+    log_all(tracker, epochs)
+    tracker.finish()
+    assert "_run" not in vars(tracker)
+print("---")
 """
 
 
 def test_trackio(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     env = os.environ | {"TRACKIO_DIR": str(tmp_path / "store"), "PYTHONPATH": ROOT}
-    run(tmp_path, "-c", LOG.format(name="trackio"), env=env)
+    command = [sys.executable, "-c", LOG.format(name="trackio")]
+    said = subprocess.run(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, check=True)
+    assert said.stdout == b"---\n"  # nothing gets between the lines for scripts
     read = "import json; from trackio.sqlite_storage import SQLiteStorage as S; "
     read += "print(S.get_runs('p'), json.dumps(S.get_logs('p', 'abc')), sep=chr(10))"
     runs, rows = run(tmp_path, "-c", read, env=env).splitlines()[-2:]
@@ -620,6 +630,7 @@ def test_mlflow(tmp_path: Path) -> None:
     experiment = client.get_experiment_by_name("p").experiment_id
     [found] = client.search_runs([experiment])
     assert (found.info.run_name, found.data.params["optim.lr"]) == ("abc", "0.1")
+    assert found.info.status == "FINISHED"
     points = {p.step: p.value for p in client.get_metric_history(found.info.run_id, "train/loss")}
     assert points == {epoch: 1 / epoch for epoch in range(1, 5)}
     history = client.get_metric_history(found.info.run_id, "train_steps/loss")
