@@ -184,7 +184,7 @@ class LogProgressBar(Generic[T]):
 
     def _iterate(self) -> Iterator[T]:
         done, logged, waited = self.done, self.done, 0.0
-        every, total, shown = self._every, self.total, self.updates > 0
+        every, total, shown = self._every, self.total or 0, self.updates > 0
         live = self._live_bar()
         asked = last = time.perf_counter()
         try:
@@ -192,7 +192,7 @@ class LogProgressBar(Generic[T]):
                 given = time.perf_counter()
                 waited += given - asked
                 done += 1
-                due = done % every == 0 and (total is not None or given - last >= 10)
+                due = done % every == 0 and (done <= total or given - last >= 10)
                 self._will_log = shown and (due or done == total)
                 yield item
                 if self._will_log:

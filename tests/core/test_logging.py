@@ -145,6 +145,10 @@ def test_lines_tell_the_speed_and_without_a_length_come_by_time(
         for _ in LogProgressBar(LOGGER, iter(range(size)), updates=4, total=length):
             clock.sleep(0.25)
     known, unknown = said[:4], said[4:]
+    for _ in LogProgressBar(LOGGER, iter(range(50)), updates=4, total=4):  # too small
+        clock.sleep(0.25)
+    beyond = [line.split(" | ")[1] for line in said[7:]]
+    assert beyond == ["1/4", "2/4", "3/4", "4/4", "45/4", "50/4"]
     assert [line.split(" | ")[1] for line in known] == ["10/40", "20/40", "30/40", "40/40"]
     assert [line.split(" | ")[1] for line in unknown] == ["41/?", "82/?", "100/?"]
     assert all("4.00 it/sec" in line for line in said)
