@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from ..metrics import Averages, added, number
 from ..utils import UserError
@@ -137,13 +138,11 @@ def grouped(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 @torch.no_grad()
 def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Return a flat copy of tensors; if there is a single contiguous tensor, a view."""
-    parts = [tensor.reshape(-1) for tensor in tensors]
-    return torch.cat(parts) if len(parts) > 1 else parts[0].detach()
+    return _flatten_dense_tensors(tensors).detach()  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def put_back(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
     """Copy new values of `flatten(tensors)` back into the tensors; nothing for a view."""
     if len(tensors) > 1 or flat.data_ptr() != tensors[0].data_ptr():
-        parts = flat.split([t.numel() for t in tensors])
-        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
+        torch._foreach_copy_(tensors, _unflatten_dense_tensors(flat, tensors))
