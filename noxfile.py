@@ -57,7 +57,15 @@ TOOLS = (
 )
 NOTEBOOK = ("ipykernel", "ipywidgets", "matplotlib", "nbclient")
 GPU_TOOLS = ("cookiecutter", "pytest", "pytest-timeout", "pytest-xdist")
-PEERS = ("accelerate", "flashy", "lightning", "lightning-fabric", "pytorch-ignite")
+PEERS = (
+    "accelerate",
+    "flashy",
+    "lightning",
+    "lightning-fabric",
+    "pytorch-ignite",
+    "setuptools<81",  # torchtnt imports its `pkg_resources`, which newer versions lack
+    "torchtnt",
+)
 
 SHARED = ("-n", "3", "--dist", "worksteal")  # tests wait more than they work
 

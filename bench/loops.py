@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,6 +143,32 @@ def ignite(task: Task) -> None:
     trainer.run(task.loader(), max_epochs=1)
 
 
+def torchtnt(task: Task) -> None:
+    """An `AutoUnit`, which leaves averages and lines to its user."""
+    from torchtnt.framework.auto_unit import AutoUnit
+    from torchtnt.framework.train import train
+
+    means = Means()
+
+    class Unit(AutoUnit):  # type: ignore[misc]
+        def compute_loss(self, state: Any, data: Batch) -> tuple[Tensor, Metrics]:
+            metrics = task.forward(self.module, data)
+            return metrics["loss"], metrics
+
+        def configure_optimizers_and_lr_scheduler(self, module: Any) -> tuple[Any, None]:
+            return task.optim(), None
+
+        def on_train_step_end(self, state: Any, data: Batch, step: int, results: Any) -> None:
+            means.take(results.outputs)
+
+    precision = "bf16" if task.bf16 else None
+    train(
+        Unit(module=task.model, device=task.device, precision=precision),
+        task.loader(),
+        max_epochs=1,
+    )
+
+
 def lightning(task: Task, show: bool = True) -> None:
     """A Trainer that averages by `log_dict`; its bar and CSV file follow every `LINE` steps."""
     from lightning.pytorch import LightningModule, Trainer
@@ -191,6 +218,7 @@ WAYS: dict[str, Callable[[Task], None]] = {
     "ignite": ignite,
     "Fabric": fabric,
     "Accelerate": accelerate,
+    "torchtnt": torchtnt,
     "Lightning, silent": lightning_silent,
     "Lightning": lightning,
 }
