@@ -47,7 +47,7 @@ def to_plain(
     """
 
     def plain(part: Any, key: Any) -> Any:
-        return to_plain(part, f"{name}.{key}", copy, exact)
+        return part if type(part) in VALUES else to_plain(part, f"{name}.{key}", copy, exact)
 
     kind = type(value)
     if isinstance(value, torch.Tensor):
