@@ -17,7 +17,7 @@ from .base import Tracker, to_bytes, write_wav
 
 logger = logging.getLogger(__name__)
 
-WHOLE = re.compile(rb'{"stage": "[^"\\]*", "epoch": (\d+), .*}\n')  # a row, by its ends
+WHOLE = re.compile(rb'{"stage": "[^"\\]*", "epoch": (\d+), [ -~]*}\n')  # a row, unparsed
 
 
 class LocalFiles(Tracker):

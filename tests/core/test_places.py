@@ -139,11 +139,14 @@ def test_a_damaged_history_costs_a_warning(
     assert sum("history.json can't be read" in line for line in caplog.messages) == 1
 
 
-def test_a_damaged_byte_costs_its_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("at", [5, 45])
+def test_a_damaged_byte_costs_its_row(
+    tmp_path: Path, at: int, caplog: pytest.LogCaptureFixture
+) -> None:
     Solver(tmp_path).run(2)
     path = tmp_path / "metrics.jsonl"
     data = path.read_bytes()
-    path.write_bytes(data[:5] + b"\xff" + data[6:])
+    path.write_bytes(data[:at] + b"\xff" + data[at + 1 :])
     Solver(tmp_path).run(4)
     Solver(tmp_path).run(6)
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
