@@ -39,6 +39,7 @@ PACKAGES = [
     "lightning",
     "lightning-fabric",
     "accelerate",
+    "torchtnt",
     "pytorch-ignite",
     "cookiecutter",
 ]

@@ -218,7 +218,7 @@ def section(megabytes: int, device: torch.device, rounds: int) -> Section:
 
 def measure(quick: bool = False) -> Iterator[Section]:
     """From the host, and from a GPU if there is one."""
-    torch.set_num_threads(os.cpu_count() or 1)  # PyTorch's default, for all
+    torch.set_num_threads(os.cpu_count() or 1)  # although `OMP_NUM_THREADS` is 1
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
         yield section(60 if quick else MEGABYTES, torch.device(device), 3 if quick else 7)

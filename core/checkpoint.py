@@ -272,9 +272,7 @@ def _open(path: Path, mmap: bool = True, verify: bool = False) -> StateDict:
     if not isinstance(state, dict) or not {"checkpoint", "history"} & state.keys():
         raise ValueError("not a checkpoint of this project")
     if (found := state.get("checkpoint", {}).get("format", FORMAT)) > FORMAT:
-        raise CheckpointError(
-            f"format {found} is newer than this code, which knows {FORMAT}: update the core"
-        )
+        raise CheckpointError(f"format {found} is newer than this code's {FORMAT}: update the core")
     if "shards" in state:
         from .sharded import attach
 

@@ -197,14 +197,14 @@ class LogProgressBar(Generic[T]):
                 yield item
                 if self._will_log:
                     last = self._log(done, done - logged, last, waited)
-                    logged, waited = done, 0.0
+                    logged, waited, self._will_log = done, 0.0, False
                 if live is not None and live.update():  # now and then it shows itself
                     live.set_postfix_str(self._line(), refresh=False)
                 asked = time.perf_counter()
         finally:
             if live is not None:
                 live.close()
-            if done > logged and self.updates > 0:
+            if shown and done > logged:
                 self._log(done, done - logged, last, waited)
 
     def _live_bar(self) -> Any:

@@ -26,6 +26,7 @@ T = TypeVar("T")
 # Classes in `trackers/`, by the name of their file.
 TRACKERS = {name.lower(): name for name in ("TensorBoard", "WandB", "Trackio", "MLflow", "Aim")}
 MEDIA = "log_audio", "log_image", "log_text"
+RESULTS = "log_metrics", "log_step", *MEDIA
 
 
 @dataclass(eq=False)
@@ -163,16 +164,17 @@ class ResultLogger:
         return f" {self.delimiter} ".join([title, *place, *items])
 
     def _send(self, method: str, *args: Any) -> None:
-        takers = (t for t in self.trackers if t.with_media_logging or method not in MEDIA)
-        for tracker in () if self.paused else takers:
+        for tracker in () if self.paused and method in RESULTS else self.trackers:
+            if method in MEDIA and not tracker.with_media_logging:
+                continue
             try:
                 getattr(tracker, method)(*args)
             except Exception as error:
                 if tracker not in self._failed:
                     self._failed.add(tracker)
                     note = f"{type(tracker).__name__} failed; the run continues. Said once: {error}"
-                    if (package := getattr(error, "name", "")) in TRACKERS:
-                        note += f": pip install {package}"
+                    if isinstance(error, ModuleNotFoundError) and error.name in TRACKERS:
+                        note += f": pip install {error.name}"
                     # An ImportError says all in its message.
                     self.logger.error(note, exc_info=not isinstance(error, ImportError))
 

@@ -99,7 +99,7 @@ class BaseSolver(Logs):
             try:
                 # Within a stage of another run, that run takes the requests to stop.
                 with nullcontext() if position.get().stage else self.__requests.listening():
-                    self._log_start(found is not False)
+                    self._log_start(bool(found or self.history))
                     yield
                     self.__wait()
                     self._log_end(self.__policy)

@@ -174,9 +174,7 @@ class Steps(Generic[T]):
         if self.skip and not self.finite:
             raise ValueError("skip=True: name the metrics in finite=")
         if self.stage.has_loop:
-            raise UserError(
-                f"stage {self.stage.name} has a second loop of steps: make it a stage of its own"
-            )
+            raise UserError(f"stage {self.stage.name} has a second loop: make it another stage")
         self.stage.has_loop = True
         self.stage.averages = Averages(self.beta)
         self.total = length(self.data) if self.total is None else self.total

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
+from multiprocessing.context import SpawnProcess
 from typing import Any, cast
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -129,7 +130,7 @@ class _SeededBatches:
 
 
 class _Blocking:
-    """A process that starts with requests to stop blocked, and all its threads with it."""
+    """A process that starts with requests to stop blocked, as all its threads inherit."""
 
     def start(self) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -146,24 +147,27 @@ class ForkedWorker(_Blocking, _ForkProcess):  # type: ignore[misc]
     """A worker that is forked."""
 
 
-class SpawnedWorker(_Blocking, multiprocessing.context.SpawnProcess):
+class SpawnedWorker(_Blocking, SpawnProcess):
     """A worker in a new Python."""
 
 
 def _context(given: Any) -> Any:
     """Return a context whose workers start with requests to stop blocked, where that is possible.
 
-    A server that forks may be at work for others as well, so its workers are left alone.
+    A fork server may serve other code too, so its workers are left alone.
     """
-    default = multiprocessing.get_all_start_methods()[0]
-    method = given or multiprocessing.get_start_method(allow_none=True) or default
-    # Since Python 3.14, the default on Linux is such a server, whose workers start slowly.
-    if given is None and sys.platform == "linux" and method == default:
-        method = "fork"
-    kind = {"fork": ForkedWorker, "spawn": SpawnedWorker}.get(str(method))
+    method = given
+    if given is None:
+        default = multiprocessing.get_all_start_methods()[0]
+        method = multiprocessing.get_start_method(allow_none=True) or default
+        # Since Python 3.14, Linux's default is a fork server, whose workers start slowly.
+        if sys.platform == "linux" and method == default:
+            method = "fork"
+    known = multiprocessing.get_context(method) if isinstance(method, str) else method
+    context: Any = copy(known)
+    kind = {_ForkProcess: ForkedWorker, SpawnProcess: SpawnedWorker}.get(context.Process)
     if kind is None or not hasattr(signal, "sigwaitinfo"):
         return given
-    context: Any = copy(multiprocessing.get_context(method))
     context.Process = kind
     return context
 

@@ -29,7 +29,7 @@ class Aim(Service):
         page = self.xp.folder / "aim"
         try:
             known = page.read_text() if page.exists() else None
-            # Only a killed process leaves a lock, as the run's own lock keeps others out.
+            # The run's own lock keeps others out: a lock here is of a process that was killed.
             run = aim.Run(known, force_resume=known is not None, **options)
         except MissingRunError:  # somebody deleted it
             run = aim.Run(**options)
@@ -38,8 +38,13 @@ class Aim(Service):
         run.name, run["config"] = self.name, self.params
         return run
 
-    def _close(self) -> None:
-        self._run.close()
+    def _close(self, run: Any) -> None:
+        run.close()
+
+    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        super().log_hyperparams(params, metrics)
+        if "_run" in vars(self):
+            self._run["config"] = self.params
 
     def _log(self, stage: str, values: Mapping[str, Any], step: int) -> None:
         for name, value in values.items():

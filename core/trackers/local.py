@@ -17,7 +17,8 @@ from .base import Tracker, to_bytes, write_wav
 
 logger = logging.getLogger(__name__)
 
-WHOLE = re.compile(rb'{"stage": "[^"\\]*", "epoch": (\d+), [ -~]*}\n')  # a row, unparsed
+# A row as it is written, with the epoch; of its metrics, characters other than braces.
+ROW = re.compile(rb'{"stage": "[^"\\]*", "epoch": (\d+), ("step": \d+, )?"metrics": {[ -z|~]*}}\n')
 
 
 class LocalFiles(Tracker):
@@ -72,7 +73,8 @@ def _cut(path: Path, epoch: int, done: Collection[str], steps: Mapping[str, int]
     lines, kept, damaged = path.read_bytes().splitlines(keepends=True), [], 0
     for line in lines:
         try:
-            if not ((begin := WHOLE.match(line)) and int(begin[1]) < epoch):  # else not parsed
+            known = ROW.match(line)
+            if known is None or int(known[1]) >= epoch:  # to parse all may take long
                 row = json.loads(line) if line.endswith(b"\n") else {}
                 stage, step = row["stage"], row.get("step")
                 is_before = stage in done if step is None else step <= steps.get(stage, 0)
@@ -85,4 +87,4 @@ def _cut(path: Path, epoch: int, done: Collection[str], steps: Mapping[str, int]
         with write_and_rename(path) as file:
             file.writelines(kept)
     if damaged:
-        logger.warning("%s: dropped %d damaged lines, such as one torn by a kill", path, damaged)
+        logger.warning("%s: dropped damaged lines, such as one torn by a kill: %d", path, damaged)

@@ -42,9 +42,9 @@ class MLflow(Service):
             client.log_param(made.info.run_id, name, value)
         return client, made.info.run_id
 
-    def _close(self) -> None:
-        client, run = self._run
-        client.set_terminated(run)
+    def _close(self, run: tuple[Any, str]) -> None:
+        client, name = run
+        client.set_terminated(name)
 
     def _log(self, stage: str, values: Mapping[str, Any], step: int) -> None:
         from mlflow.entities import Metric

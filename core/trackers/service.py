@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +16,8 @@ from .base import Tracker
 class Service(Tracker):
     """A tracker with a run in a store of its own, opened by the first value.
 
-    A subclass has `_open`, which returns the run, `_log`, and `_close`.
+    Subclasses define `_open`, which returns the run, `_log` and `_close`. What these print goes to
+    stderr: stdout is for scripts.
 
     Args:
         xp: the run.
@@ -39,7 +42,8 @@ class Service(Tracker):
 
     @cached_property
     def _run(self) -> Any:
-        return self._open()
+        with redirect_stdout(sys.stderr):
+            return self._open()
 
     def _open(self) -> Any:
         raise NotImplementedError
@@ -47,7 +51,7 @@ class Service(Tracker):
     def _log(self, stage: str, values: Mapping[str, Any], step: int) -> None:
         raise NotImplementedError
 
-    def _close(self) -> None:
+    def _close(self, run: Any) -> None:
         raise NotImplementedError
 
     def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
@@ -60,6 +64,6 @@ class Service(Tracker):
         self._log(f"{stage}_steps", metrics, step)
 
     def finish(self) -> None:
-        if "_run" in vars(self):
-            self._close()
-            del self._run  # a later value would open it again
+        if run := vars(self).pop("_run", None):  # a later value would open it again
+            with redirect_stdout(sys.stderr):
+                self._close(run)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from importlib import import_module
 from typing import Any
 
@@ -17,19 +15,20 @@ from .service import Service
 class Trackio(Service):
     """Keeps results in Trackio's store here, for `trackio show`, or sends them to a Space.
 
-    The store is the folder `TRACKIO_DIR`. The run's name is its signature, so a resumed run
+    The store is in the folder `TRACKIO_DIR`. The run's name is its signature, so a resumed run
     continues; repeated steps come twice. Options are `group`, `space_id` and `server_url`.
     """
 
     def _open(self) -> Any:
         options = {n: self.options.get(n) for n in ("group", "space_id", "server_url")}
-        options |= {"name": self.name, "config": self.params, "embed": False}
-        with redirect_stdout(sys.stderr):
-            return import_module("trackio").init(self.project, resume="allow", **options)
+        options |= {"name": self.xp.sig, "config": self.params, "embed": False}
+        return import_module("trackio").init(self.project, resume="allow", **options)
 
-    def _close(self) -> None:
-        with redirect_stdout(sys.stderr):
-            import_module("trackio").finish()
+    def _close(self, run: Any) -> None:
+        trackio = import_module("trackio")
+        # The newest run of the process would be finished once more at exit, and print then.
+        is_newest = trackio.context_vars.current_run.get() is run
+        (trackio.finish if is_newest else run.finish)()
 
     def _log(self, stage: str, values: Mapping[str, Any], step: int) -> None:
         self._run.log({f"{stage}/{name}": value for name, value in values.items()}, step=step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -34,20 +35,22 @@ class Asked(Numbers):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
-def test_workers_leave_a_request_to_stop_to_the_run(context: str) -> None:
+@pytest.mark.parametrize("given", ["a name", "a context"])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_leave_a_request_to_stop_to_the_run(method: str, given: str) -> None:
+    context = method if given == "a name" else multiprocessing.get_context(method)
     asked = Asked(6)
-    if context == "forkserver":
+    if method == "forkserver":
         asked.signals = [number for number in SIGNALS if number != signal.SIGTERM]
     made = loader(asked, 2, num_workers=1, multiprocessing_context=context)
     assert torch.cat(list(made)).tolist() == list(range(6))
     iterator = iter(made)
-    for _ in range(len(made)):  # until the worker is idle: it may die with a lock of PyTorch's
+    for _ in range(len(made)):  # so that the worker is idle: killed earlier, it might hold a lock
         next(iterator)
     [worker] = iterator._workers
     worker.terminate()  # as multiprocessing does once, and waits, if a process ends that iterates
     worker.join()
-    assert worker.exitcode == (-signal.SIGTERM if context == "forkserver" else 0)
+    assert worker.exitcode == (-signal.SIGTERM if method == "forkserver" else 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, no worker is forked by default")

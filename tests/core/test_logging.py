@@ -142,8 +142,10 @@ def test_lines_tell_the_speed_and_without_a_length_come_by_time(
     said: list[str], clock: Clock
 ) -> None:
     for size, length in ((40, 40), (100, None)):
-        for _ in LogProgressBar(LOGGER, iter(range(size)), updates=4, total=length):
+        bar = LogProgressBar(LOGGER, iter(range(size)), updates=4, total=length)
+        for _ in bar:
             clock.sleep(0.25)
+        assert not bar.update()
     known, unknown = said[:4], said[4:]
     for _ in LogProgressBar(LOGGER, iter(range(50)), updates=4, total=4):  # too small
         clock.sleep(0.25)
@@ -624,6 +626,26 @@ def test_trackio(tmp_path: Path) -> None:
     assert points == {step: 10.0 * step for step in range(1, 13)}
     assert {"train/a", "train/i", "train/t"} <= {key for row in found for key in row}
     assert {path.suffix for path in tmp_path.glob("store/media/p/abc/*/*")} == {".png", ".wav"}
+
+
+TWO = """
+from pathlib import Path
+from core.run import FolderXP
+from core.trackers.trackio import Trackio
+one, two = (Trackio(FolderXP(Path(name)), project="p") for name in ("one", "two"))
+for tracker in (one, two):
+    tracker.log_metrics("train", {"loss": 1.0}, 1)
+for tracker in (one, two):
+    tracker.finish()
+"""
+
+
+def test_two_runs_of_a_process_are_finished_apart(tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    env = os.environ | {"TRACKIO_DIR": str(tmp_path / "store"), "PYTHONPATH": ROOT}
+    command = [sys.executable, "-c", TWO]
+    said = subprocess.run(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, check=True)
+    assert said.stdout == b""
 
 
 def test_mlflow(tmp_path: Path) -> None:

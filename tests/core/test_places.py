@@ -139,18 +139,26 @@ def test_a_damaged_history_costs_a_warning(
     assert sum("history.json can't be read" in line for line in caplog.messages) == 1
 
 
-@pytest.mark.parametrize("at", [5, 45])
+BEGUN = b'{"stage": "train", "epoch": 1, "metrics": {"'
+
+
+@pytest.mark.parametrize(
+    ("begin", "between", "first"),
+    [(b'{"sta', b"\xff", 2), (BEGUN, b"\xff", 2), (BEGUN, b"", 3)],  # the last makes two rows one
+)
 def test_a_damaged_byte_costs_its_row(
-    tmp_path: Path, at: int, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, begin: bytes, between: bytes, first: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     Solver(tmp_path).run(2)
     path = tmp_path / "metrics.jsonl"
-    data = path.read_bytes()
-    path.write_bytes(data[:at] + b"\xff" + data[at + 1 :])
+    row, rest = path.read_bytes().split(b"\n", 1)
+    assert row.startswith(begin)
+    end = row[len(begin) + 1 :] + b"\n" if between else b""
+    path.write_bytes(begin + between + end + rest)
     Solver(tmp_path).run(4)
     Solver(tmp_path).run(6)
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-    assert [row["epoch"] for row in rows] == [2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in rows] == [*range(first, 7)]
     assert sum(str(path) in line for line in caplog.messages) == 1
 
 
