@@ -30,8 +30,8 @@ def explorer(launcher):
 
 def line(stage: str, epoch: int, loss: float, step: int | None = None) -> str:
     """A row of `metrics.jsonl`."""
-    row = {"stage": stage, "epoch": epoch, "metrics": {"loss": loss, "acc": 1 - loss}}
-    return json.dumps(row | ({} if step is None else {"step": step})) + "\n"
+    place = {"stage": stage, "epoch": epoch} | ({} if step is None else {"step": step})
+    return json.dumps(place | {"metrics": {"loss": loss, "acc": 1 - loss}}) + "\n"
 
 
 def make_run(folder: Path, number: int, epochs: int) -> None:
