@@ -160,17 +160,18 @@ class BaseSolver(Logs):
         self.__requests.renew()  # before the state is gathered, which may take long
         with self.stateful.keeping_shards():
             state = self.state_dict()
+        history, past = [*self.history], {"history": state.pop("history")}  # long: copied but once
         mine = {"rng": get_rng_state()} | (stage.rank_state() if stage else {})
         ranks = distrib.gather_objects(to_plain(mine))
         add_own(ranks, state, self.stateful.values(nn.Module))
         state |= {"rng": {"ranks": [theirs.pop("rng") for theirs in ranks]}}
-        cursor, history = Cursor(counts=self.__epoch.counts, ranks=ranks), [*self.history]
+        cursor = Cursor(counts=self.__epoch.counts, ranks=ranks)
         if stage is not None:
             cursor = stage.cursor(ranks, deepcopy(self._pending_metrics))
         self.result_logger.flush()
 
         def write(state: StateDict) -> None:
-            checkpoint.save(state, self.checkpoint_path, history, self.__policy, cursor)
+            checkpoint.save(state | past, self.checkpoint_path, history, self.__policy, cursor)
             write_history(self.xp.link, history)
 
         self.__writer.submit(state, write)
@@ -251,8 +252,7 @@ class BaseSolver(Logs):
         """Restore a version to be inspected."""
         self.__read_only = any(self.folder.glob("checkpoint*.th"))
         if self.__read_only:
-            state = versions.read_version(self.checkpoint_path, version)
-            self.__load(self.__usable(state, strict))
+            self.__load(self.__usable(versions.read_version(self.checkpoint_path, version), strict))
         self.result_logger.trackers.clear()
         return self.__read_only
 
