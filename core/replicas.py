@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Keys = tuple[Any, ...]  # of nested dicts and lists
 Sums = dict[Keys, int]
 
-NOT_COMPARED = {"history", "xp.cfg", "xp.sig"}  # durations may differ; the others are the run's
+NOT_COMPARED = {"xp.cfg", "xp.sig"}  # of the run
 
 
 def shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
