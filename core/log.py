@@ -197,11 +197,12 @@ class LogProgressBar(Generic[T]):
                 yield item
                 if self._will_log:
                     last = self._log(done, done - logged, last, waited)
-                    logged, waited, self._will_log = done, 0.0, False
+                    logged, waited = done, 0.0
                 if live is not None and live.update():  # now and then it shows itself
                     live.set_postfix_str(self._line(), refresh=False)
                 asked = time.perf_counter()
         finally:
+            self._will_log = False
             if live is not None:
                 live.close()
             if shown and done > logged:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Keys = tuple[Any, ...]  # of nested dicts and lists
 Sums = dict[Keys, int]
 
-NOT_COMPARED = {"xp.cfg", "xp.sig"}  # of the run
+NOT_COMPARED = {"xp.cfg", "xp.sig"}  # the run's, and so the same everywhere
 
 
 def shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -52,9 +52,8 @@ class BaseSolver(Logs):
         self.register_stateful("xp.cfg", "xp.sig", write_only=True)
         self.__policy = checkpoint if isinstance(checkpoint, Policy) else Policy(**checkpoint or {})
         self.__writer = Writer(self.folder if self.__policy.sharded else None)
-        self.__requests = Requests()
+        self.__requests, self.__epoch = Requests(), Epoch()
         self.__read_only = self.__trained = False
-        self.__epoch = Epoch()
         # A commit that is overridden may write files of its own: none is written within an epoch
         # before one has come to the commit of this class.
         self.__commits_here = type(self).commit is BaseSolver.commit
@@ -160,7 +159,8 @@ class BaseSolver(Logs):
         self.__requests.renew()  # before the state is gathered, which may take long
         with self.stateful.keeping_shards():
             state = self.state_dict()
-        history, past = [*self.history], {"history": state.pop("history")}  # long: copied but once
+        history = [*self.history]
+        past = {"history": state.pop("history", history)}  # may be long, and is a copy already
         mine = {"rng": get_rng_state()} | (stage.rank_state() if stage else {})
         ranks = distrib.gather_objects(to_plain(mine))
         add_own(ranks, state, self.stateful.values(nn.Module))

@@ -164,10 +164,12 @@ def _context(given: Any) -> Any:
         if sys.platform == "linux" and method == default:
             method = "fork"
     known = multiprocessing.get_context(method) if isinstance(method, str) else method
-    context: Any = copy(known)
-    kind = {_ForkProcess: ForkedWorker, SpawnProcess: SpawnedWorker}.get(context.Process)
+    kind = {_ForkProcess: ForkedWorker, SpawnProcess: SpawnedWorker}.get(
+        getattr(known, "Process", None)
+    )
     if kind is None or not hasattr(signal, "sigwaitinfo"):
         return given
+    context: Any = copy(known)
     context.Process = kind
     return context
 

@@ -17,8 +17,8 @@ from .base import Tracker, to_bytes, write_wav
 
 logger = logging.getLogger(__name__)
 
-# A row as it is written, with the epoch; of its metrics, characters other than braces.
-ROW = re.compile(rb'{"stage": "[^"\\]*", "epoch": (\d+), ("step": \d+, )?"metrics": {[ -z|~]*}}\n')
+# A row as it is written, with the epoch: damage to it is noticed, unless within the metrics.
+ROW = re.compile(rb'{"stage": "[\w.-]*", "epoch": (\d+), ("step": \d+, )?"metrics": {[ -z|~]*}}\n')
 
 
 class LocalFiles(Tracker):
@@ -87,4 +87,4 @@ def _cut(path: Path, epoch: int, done: Collection[str], steps: Mapping[str, int]
         with write_and_rename(path) as file:
             file.writelines(kept)
     if damaged:
-        logger.warning("%s: dropped damaged lines, such as one torn by a kill: %d", path, damaged)
+        logger.warning("%s: dropped %d damaged line(s), such as one torn by a kill", path, damaged)

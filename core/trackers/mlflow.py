@@ -43,8 +43,8 @@ class MLflow(Service):
         return client, made.info.run_id
 
     def _close(self, run: tuple[Any, str]) -> None:
-        client, name = run
-        client.set_terminated(name)
+        client, run_id = run
+        client.set_terminated(run_id)
 
     def _log(self, stage: str, values: Mapping[str, Any], step: int) -> None:
         from mlflow.entities import Metric

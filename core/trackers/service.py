@@ -16,8 +16,8 @@ from .base import Tracker
 class Service(Tracker):
     """A tracker with a run in a store of its own, opened by the first value.
 
-    Subclasses define `_open`, which returns the run, `_log` and `_close`. What these print goes to
-    stderr: stdout is for scripts.
+    Subclasses define `_open`, which returns the run, `_log` and `_close`. What opening and closing
+    print goes to stderr: stdout is for scripts.
 
     Args:
         xp: the run.

@@ -15,8 +15,8 @@ from .service import Service
 class Trackio(Service):
     """Keeps results in Trackio's store here, for `trackio show`, or sends them to a Space.
 
-    The store is in the folder `TRACKIO_DIR`. The run's name is its signature, so a resumed run
-    continues; repeated steps come twice. Options are `group`, `space_id` and `server_url`.
+    The store is in the folder `TRACKIO_DIR`. The run's name is always its signature, so a resumed
+    run continues; repeated steps come twice. Options are `group`, `space_id` and `server_url`.
     """
 
     def _open(self) -> Any:

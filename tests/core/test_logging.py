@@ -100,6 +100,7 @@ def test_a_loop_that_broke_leaves_no_line_to_the_next(said: list[str]) -> None:
     for i in bar:
         if i == 19:  # a line is due
             break
+    assert not bar.update()
     assert sum(bar.update(i=i) for i in bar) == 5
     assert [line.split(" | ")[1] for line in said] == [
         f"{n}/100" for n in (20, *range(20, 101, 20))

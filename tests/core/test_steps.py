@@ -368,6 +368,7 @@ def test_a_stopped_solver_runs_again_in_the_same_process(
     """As in a notebook, where a cell was interrupted."""
     solver_of(tmp_path / "whole").run()
     caplog.set_level("INFO")
+    caplog.clear()
     solver = solver_of(tmp_path / "stopped")
     for at in [(1, "train", 3), (2, "valid", 10)]:  # the latter is met by the commit
         run_until(solver, at)
