@@ -136,8 +136,8 @@ class LogProgressBar(Generic[T]):
         updates: number of lines; 0 for none.
         min_interval: least number of steps between two lines.
         time_per_it: show the time of a step rather than steps per second.
-        total: number of steps, if the iterable has no length. If none is known, there is a line
-            every 10 seconds.
+        total: number of steps, if the iterable has no length. If none is known, or beyond it, there
+            is at most one line every 10 seconds.
         name: the start of each line.
         level: of the lines.
         delimiter: between the parts of a line.

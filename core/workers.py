@@ -164,9 +164,8 @@ def _context(given: Any) -> Any:
         if sys.platform == "linux" and method == default:
             method = "fork"
     known = multiprocessing.get_context(method) if isinstance(method, str) else method
-    kind = {_ForkProcess: ForkedWorker, SpawnProcess: SpawnedWorker}.get(
-        getattr(known, "Process", None)
-    )
+    process = getattr(known, "Process", None)
+    kind = {_ForkProcess: ForkedWorker, SpawnProcess: SpawnedWorker}.get(process)
     if kind is None or not hasattr(signal, "sigwaitinfo"):
         return given
     context: Any = copy(known)

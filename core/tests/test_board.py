@@ -70,9 +70,9 @@ def _go_wrong(how: str) -> str:
             "has another parameter",
             "in sync_gradients of 4 parameters; rank 1 in sync_gradients for the first time",
         ),
-        ("has ended", "no word from rank 1"),
-        ("has failed", "no word from rank 1"),
-        ("was killed", "no word from rank 1"),
+        ("has ended", "no word from rank 1, which ended or hangs"),
+        ("has failed", "no word from rank 1, which ended or hangs"),
+        ("was killed", "no word from rank 1, which ended or hangs"),
         ("is slow", "no error"),
     ],
 )

@@ -145,7 +145,7 @@ BEGUN = b'{"stage": "train", "epoch": 1, "metrics": {"'
 @pytest.mark.parametrize(
     ("begin", "between", "first"),
     # The last makes two rows one.
-    [(b'{"stage": "tr', b"\xff", 2), (BEGUN, b"\xff", 2), (BEGUN, b"", 3)],
+    [(b'{"sta', b"\xff", 2), (b'{"stage": "tr', b"\xff", 2), (BEGUN, b"\xff", 2), (BEGUN, b"", 3)],
 )
 def test_a_damaged_byte_costs_its_row(
     tmp_path: Path, begin: bytes, between: bytes, first: int, caplog: pytest.LogCaptureFixture
